@@ -1,0 +1,325 @@
+"""The `outback` program: thin over functions that a notebook can call. Nothing heavy is imported before it is needed."""
+
+import json as jsonlib
+import sys
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from schemas.errors import ConfigError, OutbackError
+
+EXIT_FAILED, EXIT_USAGE, EXIT_REJECTED = 1, 2, 3
+
+app = typer.Typer(
+    name="outback",
+    help="Raw video, images and text in; a trained Emu3 out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+show_app = typer.Typer(help="Look at tables, sets, funnels, runs, failures and lineage.", no_args_is_help=True)
+app.add_typer(show_app, name="show")
+
+LakeOption = Annotated[str, typer.Option("--lake", envvar="OUTBACK_LAKE", help="Folder of the lake, or catalog:NAME.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override one value of the recipe: path.to.key=value.")]
+StrictOption = Annotated[bool, typer.Option("--strict", help="Exit with 3 if items were rejected.")]
+RetryOption = Annotated[bool, typer.Option("--retry-failed", help="Also try again what failed for good.")]
+
+
+@app.command()
+def ingest(
+    sources: Annotated[list[str], typer.Argument(help="Files, folders, globs, CSV/JSONL/Parquet manifests.")],
+    lake: LakeOption = "./lake",
+    json: JsonOption = False,
+    strict: StrictOption = False,
+) -> None:
+    """Register media and texts. The bytes stay where they are."""
+    from jobs.ingest import IngestConfig, print_ingest
+    from jobs.ingest import ingest as run
+    from jobs.progress import progress
+
+    with progress("ingest") as advance:
+        report = run(_open(lake, must_exist=False), sources, options=IngestConfig(), on_progress=advance)
+    print_ingest(report, json)
+    _exit_if(strict and bool(report.failed))
+
+
+@app.command()
+def scan(
+    recipe: Annotated[str, typer.Option("--recipe", help="Scan recipe: a shipped name or a TOML file.")] = "scan",
+    overrides: SetOption = None,
+    lake: LakeOption = "./lake",
+    json: JsonOption = False,
+    strict: StrictOption = False,
+    retry_failed: RetryOption = False,
+) -> None:
+    """Cut everything not yet scanned into clips and score them, by one decode per medium."""
+    from jobs.scan import scan as run
+    from jobs.shipped import load_named
+    from pipeline.scan_medium import ScanConfig
+
+    report = run(_open(lake), load_named(ScanConfig, recipe, overrides or ()), retry_failed=retry_failed)
+    outcome = report.outcome
+    found = f"{outcome.num_done} scanned, {outcome.num_failed} failed" if outcome else "nothing to do"
+    _answer(report, json, f"scan {report.scan_id}: {report.num_media} media, {found}")
+    _exit_if(strict and outcome is not None and outcome.num_failed > 0)
+
+
+@app.command()
+def curate(
+    recipe: Annotated[str, typer.Argument(help="Curation recipe: a shipped name or a TOML file.")],
+    name: Annotated[str | None, typer.Option("--name", help="Name of the set; given once.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the funnel and write nothing.")] = False,
+    overrides: SetOption = None,
+    lake: LakeOption = "./lake",
+    json: JsonOption = False,
+) -> None:
+    """Choose clips by thresholds, print the funnel, and name the set."""
+    from jobs.curate import curate as run
+    from jobs.curate import load_curate_recipe, print_curate
+
+    result = run(_open(lake), load_curate_recipe(recipe, overrides or ()), name, dry_run=dry_run)
+    print_curate(result, json)
+
+
+@app.command()
+def caption(
+    set_name: Annotated[str, typer.Argument(metavar="SET", help="A curated set.")],
+    lake: LakeOption = "./lake",
+    json: JsonOption = False,
+) -> None:
+    """Give the clips of a set the captions that came with their media."""
+    from jobs.caption import caption as run
+
+    report = run(_open(lake), set_name)
+    text = f"{report.num_captioned} of {report.num_clips} clips have a caption, {report.num_new} of them new"
+    _answer(report, json, f"caption {set_name}: {text}")
+
+
+@app.command()
+def tokenize(
+    set_name: Annotated[str, typer.Argument(metavar="SET", help="A curated set.")],
+    tokenizer: Annotated[str, typer.Option("--tokenizer", help="Checkpoint id, a beginning of one, or latest.")] = "latest",
+    recipe: Annotated[str, typer.Option("--recipe", help="How frames are prepared.")] = "tokenize",
+    overrides: SetOption = None,
+    lake: LakeOption = "./lake",
+    json: JsonOption = False,
+    strict: StrictOption = False,
+    retry_failed: RetryOption = False,
+) -> None:
+    """Encode the clips of a set with a trained vision tokenizer."""
+    from jobs.shipped import load_named
+    from jobs.tokenize_clips import TokenizeRecipe
+    from jobs.tokenize_clips import tokenize as run
+
+    config = load_named(TokenizeRecipe, recipe, overrides or ())
+    report = run(_open(lake), set_name, tokenizer, config, retry_failed=retry_failed)
+    outcome = report.outcome
+    found = f"{outcome.num_done} encoded, {outcome.num_failed} failed" if outcome else "nothing to do"
+    _answer(report, json, f"tokenize {set_name} by {report.tokenizer_id}: {report.num_clips} clips, {found}")
+    _exit_if(strict and outcome is not None and outcome.num_failed > 0)
+
+
+@app.command()
+def pack(
+    sets: Annotated[list[str], typer.Argument(metavar="SET...", help="Curated sets.")],
+    name: Annotated[str, typer.Option("--name", help="Name of the sequence set; given once.")],
+    recipe: Annotated[str, typer.Option("--recipe", help="Pack recipe: a shipped name or a TOML file.")] = "pack",
+    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="tokenizer_id, if there are several.")] = None,
+    overrides: SetOption = None,
+    lake: LakeOption = "./lake",
+    json: JsonOption = False,
+) -> None:
+    """Pack captioned, tokenized sets and texts into sequences."""
+    from jobs.pack import PackRecipe, pack_sets
+    from jobs.shipped import load_named
+
+    report = pack_sets(_open(lake), sets, load_named(PackRecipe, recipe, overrides or ()), name, tokenizer)
+    made = "there already" if report.already_there else "packed"
+    text = f"{report.num_sequences} sequences, {report.num_tokens} tokens, {report.fill_ratio:.1%} full"
+    left = f"; {report.num_without_caption} clips without caption or tokens, {report.num_too_long} documents too long"
+    _answer(report, json, f"pack {name} ({made}): {text}{left}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Training recipe: a shipped name or a TOML file.")],
+    data: Annotated[str, typer.Option("--data", help="Curated set (vision tokenizer) or sequence set (language model).")],
+    overrides: SetOption = None,
+    lake: LakeOption = "./lake",
+    json: JsonOption = False,
+) -> None:
+    """Train, or resume training, what the recipe describes on a named set."""
+    from jobs.train import load_training_recipe
+    from jobs.train import train as run
+
+    report = run(_open(lake), load_training_recipe(recipe, overrides or ()), data)
+    made = "found finished" if report.already_there else f"trained to step {report.step}"
+    _answer(report, json, f"train {report.objective} on {data}: {made}, checkpoint {report.checkpoint_id}")
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw.")],
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Checkpoint id, a beginning of one, or latest.")] = "latest",
+    recipe: Annotated[str, typer.Option("--recipe", help="Size and sampling.")] = "generate",
+    video: Annotated[bool, typer.Option("--video", help="Draw a video instead of an image.")] = False,
+    continue_clip: Annotated[str | None, typer.Option("--continue", metavar="CLIP", help="Continue this clip.")] = None,
+    context: Annotated[int, typer.Option("--context", help="Latent frames of the clip to give.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the first prompt; the next ones count up.")] = 0,
+    overrides: SetOption = None,
+    lake: LakeOption = "./lake",
+    json: JsonOption = False,
+) -> None:
+    """Draw images or short videos from text, or continue a clip."""
+    from jobs.generate import Ask, GenerateRecipe
+    from jobs.generate import generate as run
+    from jobs.shipped import load_named
+
+    given = context if continue_clip else 0
+    kind: Any = "video" if video or continue_clip else "image"
+    asks = [Ask(prompt, kind, seed + index, continue_clip, given) for index, prompt in enumerate(prompts)]
+    drawn = run(_open(lake), asks, checkpoint, load_named(GenerateRecipe, recipe, overrides or ()))
+    rows = [{"generation_id": g.generation_id, "prompt": g.ask.prompt, "seed": g.ask.seed, "path": str(g.path)} for g in drawn]
+    _answer(rows, json, "\n".join(f"{row['generation_id']}  {row['path']}  {row['prompt']}" for row in rows))
+
+
+@app.command()
+def sql(
+    query: Annotated[str, typer.Argument(help="SQL over the lake's tables, read-only.")],
+    at: Annotated[str | None, typer.Option("--at", help="State to read: a set's name, a tag, a snapshot id or a time.")] = None,
+    lake: LakeOption = "./lake",
+    json: JsonOption = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+) -> None:
+    """Query the tables with DuckDB, now or as they were."""
+    from jobs.sql import print_sql, run_sql
+
+    print_sql(run_sql(_open(lake), query, at), json=json, csv=csv)
+
+
+@show_app.command("tables")
+def show_tables(
+    hashes: Annotated[bool, typer.Option("--hash", help="Add a hash of each table's content.")] = False,
+    lake: LakeOption = "./lake",
+    json: JsonOption = False,
+) -> None:
+    """Rows, files, sizes and tags of every table."""
+    from jobs.show import print_tables
+
+    print_tables(_open(lake), hashes=hashes, json=json)
+
+
+@show_app.command("sets")
+def show_sets(lake: LakeOption = "./lake", json: JsonOption = False) -> None:
+    """Curated sets and sequence sets by name."""
+    from jobs.show import print_sets
+
+    print_sets(_open(lake), json=json)
+
+
+@show_app.command("funnel")
+def show_funnel(name: str, lake: LakeOption = "./lake", json: JsonOption = False) -> None:
+    """What each rule of a set rejected."""
+    from jobs.show import print_funnel
+
+    print_funnel(_open(lake), name, json=json)
+
+
+@show_app.command("runs")
+def show_runs(lake: LakeOption = "./lake", json: JsonOption = False) -> None:
+    """Every execution: job, outcome, duration, code."""
+    from jobs.show import print_runs
+
+    print_runs(_open(lake), json=json)
+
+
+@show_app.command("attempts")
+def show_attempts(lake: LakeOption = "./lake", json: JsonOption = False) -> None:
+    """Everything that failed, by stage and reason."""
+    from jobs.show import print_attempts
+
+    print_attempts(_open(lake), json=json)
+
+
+@show_app.command("lineage")
+def show_lineage(generation: str, lake: LakeOption = "./lake", json: JsonOption = False) -> None:
+    """From a generation back to checkpoint, run, sequences, clips and media."""
+    from jobs.show import print_lineage
+
+    print_lineage(_open(lake), generation, json=json)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def submit(
+    context: typer.Context,
+    address: Annotated[str | None, typer.Option("--address", help="The cluster's dashboard address.")] = None,
+    lake: LakeOption = "./lake",
+    follow: Annotated[bool, typer.Option(help="Print the job's log and wait for it.")] = True,
+) -> None:
+    """Run an outback command as a Ray job on a cluster: outback submit -- scan."""
+    from jobs.submit import submit as run
+
+    if not context.args:
+        raise ConfigError("nothing to submit; write the command after two dashes: outback submit -- scan")
+    raise typer.Exit(run(context.args, address=address, lake=lake, follow=follow))
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--folder", help="Where corpus, lake and report go.")] = Path("demo"),
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the corpus.")] = 0,
+    size: Annotated[str, typer.Option("--size", help="full, or smoke: the same road in two minutes, too short to draw well.")] = "full",
+) -> None:
+    """Walk the whole road on a small corpus made on the spot, and write a report."""
+    from jobs.demo import demo as run
+
+    run(folder, seed, size)
+
+
+@app.command()
+def doctor(lake: LakeOption = "./lake", json: JsonOption = False) -> None:
+    """Say what this machine can run, and what to do about each lack."""
+    from jobs.doctor import doctor as run
+    from jobs.doctor import print_doctor
+
+    raise typer.Exit(print_doctor(run(lake), json))
+
+
+def main() -> None:
+    """The console script. Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 3 rejected items with --strict."""
+    try:
+        app()
+    except ConfigError as error:
+        print(f"outback: {error}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    except OutbackError as error:
+        print(f"outback: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
+
+
+def _open(where: str, *, must_exist: bool = True) -> Any:
+    from schemas.catalog import Lake
+
+    return Lake.open(where, must_exist=must_exist)
+
+
+def _answer(value: Any, json: bool, text: str) -> None:
+    if json:
+        print(jsonlib.dumps(asdict(value) if is_dataclass(value) and not isinstance(value, type) else value, default=str))
+    else:
+        print(text)
+
+
+def _exit_if(rejected: bool) -> None:
+    if rejected:
+        raise typer.Exit(EXIT_REJECTED)
+
+
+if __name__ == "__main__":
+    main()

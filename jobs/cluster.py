@@ -1,0 +1,45 @@
+"""Where Ray work runs: the cluster named by RAY_ADDRESS, or one of our own on this machine for as long as it is needed."""
+
+import atexit
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+
+def ensure_ray() -> None:
+    """Connect to Ray once per process. A local cluster is never shared with, or joined from, other programs' clusters."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.WARNING)
+        return
+    # Unix socket paths are limited to 107 bytes, so the session lives under a short folder of its own.
+    folder = Path(tempfile.mkdtemp(prefix="outback-ray-"))
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        _temp_dir=str(folder),
+    )
+    atexit.register(_stop_local, folder)
+
+
+def _stop_local(folder: Path) -> None:
+    import shutil
+
+    import ray
+
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def num_cpus() -> int:
+    """CPUs of the connected cluster, at least 1."""
+    import ray
+
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))

@@ -1,0 +1,341 @@
+"""Curate: a recipe over scores -> a named, immutable set of clips. Opens no medium and decodes nothing.
+
+The id of a set is a hash of the recipe and of the content that was read, so two lakes that hold the same give the same
+id. Publishing takes several commits, in an order that makes a killed run harmless and a repeated one complete it: the
+recipe, the clips, a tag `curated/NAME` on every table involved, and last the row in `curated_sets` that gives the name.
+The tag on `curated` is set first and create-only, so of two runs that race for a name one loses before it has published.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.run import Run, recorded
+from pipeline.rules import CurateRecipe, FunnelStep, Rule, explain, first_rejections, funnel, rules_of
+from schemas.catalog import Lake
+from schemas.clips import CLIPS
+from schemas.curated import CURATED, CURATED_SETS, RECIPES
+from schemas.errors import ConfigError, SchemaError
+from schemas.recipe import load_recipe, short_hash
+from schemas.table import Table, content_sha256
+
+RECIPES_FOLDER = Path(__file__).parent / "recipes"
+TAG_PREFIX = "curated/"
+_NAME = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Input:
+    """One table a set is made from: its content by hash, and where that content stands."""
+
+    table: Table
+    columns: tuple[str, ...]
+    pinned: tuple[str, str]
+    rows: pa.Table
+    sha256: str
+    uuid: str
+    snapshot_id: int
+
+
+@dataclass(frozen=True)
+class CurateResult:
+    """A set, or with `name` None what it would be. `created` is false where it was there already."""
+
+    name: str | None
+    curated_id: str
+    recipe_id: str
+    recipe: CurateRecipe
+    num_in: int
+    num_clips: int
+    missing: Mapping[str, int]
+    funnel: tuple[FunnelStep, ...]
+    content_sha256: str
+    created: bool
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    recipe: CurateRecipe
+    inputs: tuple[Input, ...]
+    rules: list[Rule]
+    clips: pa.Table
+    first: pa.ChunkedArray
+    missing: dict[str, int]
+
+    @property
+    def kept(self) -> pa.Table:
+        """The clip ids of the set, in order."""
+        return self.clips.filter(pc.is_null(self.first)).select(["clip_id"]).sort_by("clip_id")
+
+
+def load_curate_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> CurateRecipe:
+    """The name of a shipped recipe or the path of a TOML file, and `key=value` overrides -> the recipe."""
+    shipped = RECIPES_FOLDER / f"{name_or_path}.toml"
+    return load_recipe(CurateRecipe, shipped if shipped.exists() else Path(name_or_path), overrides)
+
+
+def curate(lake: Lake, recipe: CurateRecipe, name: str | None, *, dry_run: bool = False) -> CurateResult:
+    """A recipe -> the clips it keeps, published under `name`. A set that is already there costs no snapshot.
+
+    Raises: ConfigError if the name is malformed or names another set, if scores are missing, or if nothing is kept.
+    """
+    if not dry_run and (name is None or not _NAME.fullmatch(name)):
+        raise ConfigError(f"set name {name!r}: give one of letters, digits, '.', '_' and '-', such as emu3-v1")
+    found = _evaluate(lake, recipe)
+    kept = found.kept
+    recipe_id = short_hash(found.recipe.model_dump(mode="json"))
+    result = CurateResult(
+        name=None if dry_run else name,
+        curated_id=short_hash([recipe_id, {item.table.name: item.sha256 for item in found.inputs}]),
+        recipe_id=recipe_id,
+        recipe=found.recipe,
+        num_in=len(found.clips),
+        num_clips=len(kept),
+        missing=found.missing,
+        funnel=tuple(funnel(found.rules, found.clips, found.first)),
+        content_sha256=content_sha256(kept, ["clip_id"], ["clip_id"]),
+        created=False,
+    )
+    if dry_run or _is_published(lake, result):
+        return result
+    if not len(kept):
+        raise ConfigError(f"the recipe keeps none of {len(found.clips)} clips; see what rejects them with --dry-run")
+    with recorded(lake, "curate", found.recipe, {item.table.name: item.snapshot_id for item in found.inputs}) as run:
+        _publish(lake, result, kept, found.inputs, run)
+        run.outcome |= {"name": name, "curated_id": result.curated_id, "num_clips": result.num_clips}
+    return CurateResult(**{**_shallow(result), "created": True})
+
+
+def explain_clips(lake: Lake, recipe: CurateRecipe) -> pa.Table:
+    """A recipe -> clip_id, verdict, rule and value of every clip: which rule rejected it first, and for what value."""
+    found = _evaluate(lake, recipe)
+    return explain(found.rules, found.clips, found.first)
+
+
+def read_set(lake: Lake, name: str) -> pa.Table:
+    """The name of a set -> its rows of `clips`, by clip id, exactly as when the set was made.
+
+    Raises: ConfigError if there is no such set; SchemaError if what the lake holds is not what the name was given to.
+    """
+    row = set_row(lake, name)
+    pins: dict[str, dict[str, Any]] = json.loads(row["pins"])
+    for table in (CLIPS, CURATED):
+        if lake.uuid(table) != pins[table.name]["uuid"]:
+            raise SchemaError(f"set {name!r} was made from another table {table.name}, which has been dropped and remade")
+    ids = _members(lake, row["curated_id"], pins[CURATED.name]["snapshot_id"])
+    recipes = lake.read_where(RECIPES, "recipe_id", [row["recipe_id"]], ["recipe"])
+    segmentation_id = json.loads(recipes["recipe"][0].as_py())["segmentation_id"]
+    columns = CLIPS.content_columns
+    clips = lake.read(CLIPS, columns, at=pins[CLIPS.name]["snapshot_id"])
+    wanted = pc.and_(pc.equal(clips["segmentation_id"], segmentation_id), pc.is_in(clips["clip_id"], value_set=ids["clip_id"]))
+    clips = clips.filter(wanted).sort_by("clip_id")
+    sha256 = content_sha256(clips, ["clip_id"], ["clip_id"])
+    if len(clips) != row["num_clips"] or sha256 != row["content_sha256"]:
+        raise SchemaError(
+            f"set {name!r} was published with {row['num_clips']} clips of content {row['content_sha256']}, "
+            f"and the lake gives {len(clips)} of {sha256}: its tables were changed by another program"
+        )
+    return clips
+
+
+def set_row(lake: Lake, name: str) -> dict[str, Any]:
+    """The row of `curated_sets` that gave a name. Raises: ConfigError naming the sets there are if it is not one."""
+    rows = lake.read(CURATED_SETS).to_pylist()
+    for row in rows:
+        if row["name"] == name:
+            return dict(row)
+    names = ", ".join(sorted(row["name"] for row in rows)) or "none yet"
+    raise ConfigError(f"there is no curated set {name!r}; there are: {names}")
+
+
+# --- reading ---
+
+
+def _evaluate(lake: Lake, recipe: CurateRecipe) -> _Evaluation:
+    rules = rules_of(recipe)
+    clips = _read_clips(lake, recipe)
+    families = {rule.family.name: rule.family for rule in rules}
+    wanted = {name: tuple(sorted({r.column for r in rules if r.family.name == name})) for name in families}
+    scores = {name: _read_scores(lake, recipe, table, wanted[name]) for name, table in families.items()}
+    pins = {name.removeprefix("score_"): item.pinned[1] for name, item in scores.items()}
+    scorers = recipe.scorers.model_copy(update=pins)
+    resolved = recipe.model_copy(update={"segmentation_id": clips.pinned[1], "scorers": scorers})
+
+    joined = clips.rows.filter(pc.is_in(clips.rows["kind"], value_set=pa.array(recipe.kinds))).select(["clip_id", "kind"])
+    missing = {}
+    for name, item in scores.items():
+        place = pc.index_in(joined["clip_id"], value_set=item.rows["clip_id"])
+        for column in item.columns:
+            joined = joined.append_column(column, item.rows[column].take(place))
+        asked = pa.array(sorted({kind for rule in rules if rule.family.name == name for kind in rule.kinds}))
+        applies = pc.is_in(joined["kind"], value_set=asked)
+        missing[name] = _check_coverage(name, item, recipe.coverage, place.filter(applies))
+    return _Evaluation(resolved, (clips, *scores.values()), rules, joined, first_rejections(rules, joined), missing)
+
+
+def _read_clips(lake: Lake, recipe: CurateRecipe) -> Input:
+    rows, snapshot_id = _read_now(lake, CLIPS, ("clip_id", "segmentation_id", "kind"))
+    return _pin(lake, CLIPS, rows, snapshot_id, "segmentation_id", recipe.segmentation_id, "segmentation_id")
+
+
+def _read_scores(lake: Lake, recipe: CurateRecipe, table: Table, columns: tuple[str, ...]) -> Input:
+    family = table.name.removeprefix("score_")
+    rows, snapshot_id = _read_now(lake, table, ("clip_id", "scorer_id", *columns))
+    return _pin(lake, table, rows, snapshot_id, "scorer_id", getattr(recipe.scorers, family), f"scorers.{family}")
+
+
+def _read_now(lake: Lake, table: Table, columns: Sequence[str]) -> tuple[pa.Table, int]:
+    snapshot_id = lake.snapshot_id(table)
+    if snapshot_id is None:
+        raise ConfigError(f"{table.name} is empty: run `outback scan` first")
+    return lake.read(table, columns, at=snapshot_id), snapshot_id
+
+
+def _pin(
+    lake: Lake, table: Table, rows: pa.Table, snapshot_id: int, id_column: str, wanted: str | None, option: str
+) -> Input:
+    """The rows of one producer: the one the recipe names, or else the only one there is."""
+    counts = {item["values"]: item["counts"] for item in pc.value_counts(rows[id_column]).to_pylist()}
+    listed = ", ".join(f"{found} ({count} rows)" for found, count in sorted(counts.items()))
+    if wanted is None:
+        if len(counts) != 1:
+            raise ConfigError(f"{table.name} holds several: {listed}. Choose one with --set {option}=...")
+        (wanted,) = counts
+    elif wanted not in counts:
+        raise ConfigError(f"{table.name} has no rows of {option}={wanted}; it holds: {listed}")
+    mine = rows.filter(pc.equal(rows[id_column], wanted)) if len(counts) > 1 else rows
+    return Input(
+        table=table,
+        columns=tuple(name for name in rows.column_names if name not in table.key),
+        pinned=(option, wanted),
+        rows=mine,
+        sha256=content_sha256(mine, rows.column_names, table.key),
+        uuid=lake.uuid(table) or "",
+        snapshot_id=snapshot_id,
+    )
+
+
+def _check_coverage(name: str, item: Input, required: float, place: pa.ChunkedArray) -> int:
+    missing = int(place.null_count)
+    if missing > (1.0 - required) * len(place):
+        raise ConfigError(
+            f"{name} has no row of scorer {item.pinned[1]} for {missing} of {len(place)} clips, and the recipe requires "
+            f"coverage={required:g}. Run `outback scan` to complete the scores, or accept it with --set coverage=..."
+        )
+    return missing
+
+
+# --- publishing ---
+
+
+def _is_published(lake: Lake, result: CurateResult) -> bool:
+    rows = lake.read_where(CURATED_SETS, "name", [str(result.name)], ["name", "curated_id"]).to_pylist()
+    if rows and rows[0]["curated_id"] != result.curated_id:
+        raise ConfigError(
+            f"the name {result.name!r} was given to the set {rows[0]['curated_id']}, and this recipe over what the lake "
+            f"holds now is {result.curated_id}. Sets never change: choose another name"
+        )
+    return bool(rows)
+
+
+def _publish(lake: Lake, result: CurateResult, kept: pa.Table, inputs: Sequence[Input], run: Run) -> None:
+    recipe = {"recipe_id": result.recipe_id, "recipe": result.recipe.canonical_json()}
+    lake.append(RECIPES, [recipe], run.run_id)
+    rows = kept.append_column("curated_id", pa.array([result.curated_id] * len(kept), pa.string()))
+    lake.append(CURATED, rows, run.run_id)
+    tag = TAG_PREFIX + str(result.name)
+    pins = {CURATED.name: {"uuid": lake.uuid(CURATED), "snapshot_id": _tag_set(lake, tag, result)}}
+    for item in inputs:
+        pins[item.table.name] = {"uuid": item.uuid, "snapshot_id": _tag_input(lake, tag, item)}
+    row = {
+        "name": result.name,
+        "curated_id": result.curated_id,
+        "recipe_id": result.recipe_id,
+        "inputs": json.dumps({item.table.name: item.sha256 for item in inputs}, sort_keys=True),
+        "pins": json.dumps(pins, sort_keys=True),
+        "funnel": json.dumps([asdict(step) for step in result.funnel]),
+        "num_clips": result.num_clips,
+        "content_sha256": result.content_sha256,
+    }
+    if not lake.append(CURATED_SETS, [row], run.run_id):
+        _is_published(lake, result)  # another run was first: fine if it published the same set
+
+
+def _tag_set(lake: Lake, tag: str, result: CurateResult) -> int:
+    """The snapshot of `curated` that the tag names from now on: this one, or an earlier run's that holds the same set."""
+
+    def holds(snapshot_id: int) -> bool:
+        members = _members(lake, result.curated_id, snapshot_id)
+        return content_sha256(members, ["clip_id"], ["clip_id"]) == result.content_sha256
+
+    current = lake.snapshot_id(CURATED)
+    assert current is not None
+    return _tag_once(lake, CURATED, tag, current, holds)
+
+
+def _tag_input(lake: Lake, tag: str, item: Input) -> int:
+    def holds(snapshot_id: int) -> bool:
+        rows = lake.read(item.table, item.rows.column_names, at=snapshot_id)
+        mine = rows.filter(pc.equal(rows[item.table.key[1]], item.pinned[1]))
+        return content_sha256(mine, mine.column_names, item.table.key) == item.sha256
+
+    return _tag_once(lake, item.table, tag, item.snapshot_id, holds)
+
+
+def _tag_once(lake: Lake, table: Table, tag: str, snapshot_id: int, holds: Any) -> int:
+    try:
+        lake.tag(table, tag, snapshot_id)
+    except ConfigError:
+        taken = lake.tags(table).get(tag)
+        if taken is None or not holds(taken):
+            raise
+        return taken  # set by a run that was killed before it published the name, over the same content
+    return snapshot_id
+
+
+def _members(lake: Lake, curated_id: str, snapshot_id: int) -> pa.Table:
+    rows = lake.read(CURATED, ["curated_id", "clip_id"], at=snapshot_id)
+    return rows.filter(pc.equal(rows["curated_id"], curated_id)).select(["clip_id"])
+
+
+def _shallow(result: CurateResult) -> dict[str, Any]:
+    return {name: getattr(result, name) for name in result.__dataclass_fields__}
+
+
+# --- printing ---
+
+
+def print_curate(result: CurateResult, as_json: bool) -> None:
+    """A result -> the funnel and the set on stdout, for people or as one JSON document."""
+    if as_json:
+        print(json.dumps({**_shallow(result), "recipe": result.recipe.model_dump(mode="json"), "funnel": [asdict(step) for step in result.funnel]}))
+        return
+    print_funnel(result.num_in, result.funnel)
+    for family, count in result.missing.items():
+        if count:
+            print(f"{family}: {count} clips have no score and pass no rule that asks for it", file=sys.stderr)
+    if result.name is None:
+        print(f"{result.num_clips} clips would be kept ({result.curated_id}); nothing was written")
+    else:
+        state = "published" if result.created else "was there already"
+        print(f"{result.name}: {result.num_clips} clips, {result.curated_id}, {state}")
+
+
+def print_funnel(num_in: int, steps: Sequence[FunnelStep]) -> None:
+    """A funnel -> one line per rule with what it rejected, and the clips nearest to its bounds. Plain text: no imports."""
+    width = max([len(step.rule) for step in steps], default=5)
+    print(f"{'rule':{width}}  {'bounds':>22}  {'in':>9}  {'rejected':>9}  {'left':>9}")
+    print(f"{'clips':{width}}  {'':>22}  {'':>9}  {'':>9}  {num_in:>9}")
+    for step in steps:
+        bounds = f"{'' if step.low is None else f'{step.low:g} <='} x {'' if step.high is None else f'<= {step.high:g}'}"
+        print(f"{step.rule:{width}}  {bounds.strip():>22}  {step.num_in:>9}  {step.num_rejected:>9}  {step.num_left:>9}")
+        for example in step.examples:
+            value = "null" if example.value is None else f"{example.value:.6g}"
+            print(f"{'':{width}}    {example.clip_id}  {value} {example.bound}")

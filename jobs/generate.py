@@ -1,0 +1,216 @@
+"""Generate: images and short videos from text, and continuations of clips; each one a row, and a file that says the same."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from jobs.progress import progress
+from jobs.run import recorded
+from jobs.tokenize_clips import checkpoint_row
+from model.generate import VisionRequest, generate_vision
+from model.sampling import SamplingConfig
+from model.vision_tokenizer.pixels import rgb_from_pixels
+from model.vision_tokenizer.tokenizer import VisionTokenizer
+from model.weights import LanguageModel, load_language_model, load_vision_tokenizer
+from schemas.catalog import Lake
+from schemas.document import Tokens, VisionDocument, parse_document
+from schemas.errors import ConfigError
+from schemas.generations import GENERATIONS
+from schemas.recipe import Config, canonical_json, short_hash
+from schemas.sequences import SEQUENCE_SETS
+from schemas.vision_tokens import TOKENIZERS, VISION_TOKENS
+
+Frames = npt.NDArray[np.uint8]
+
+
+class GenerateRecipe(Config):
+    """Size of what is drawn, in codes, and how tokens are sampled."""
+
+    h: int = Field(default=64, gt=0)
+    w: int = Field(default=64, gt=0)
+    video_t: int = Field(default=4, gt=0)
+    fps: float = Field(default=24.0, gt=0)
+    batch_size: int = Field(default=8, gt=0)
+    sampling: SamplingConfig = SamplingConfig()
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One thing to draw. With `continued_clip_id`, its first `context_t` latent frames are given and the rest is drawn."""
+
+    prompt: str
+    kind: Literal["image", "video"]
+    seed: int
+    continued_clip_id: str | None = None
+    context_t: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """One drawn image or video: its id, its file and its frames (T, H, W, 3) uint8 RGB."""
+
+    generation_id: str
+    ask: Ask
+    path: Path
+    frames: Frames
+
+
+@dataclass(frozen=True, eq=False)
+class _Models:
+    checkpoint: Mapping[str, Any]
+    tokenizer_id: str
+    lm: LanguageModel
+    vision: VisionTokenizer
+
+
+def generate(lake: Lake, asks: Sequence[Ask], checkpoint: str, recipe: GenerateRecipe) -> list[Generation]:
+    """Draw what was asked, in order. What was drawn before with the same checkpoint and options is not drawn again.
+
+    Raises: ConfigError for an unknown checkpoint or clip, or a size the model has no room for.
+    """
+    models = _load(lake, checkpoint)
+    requests = [_request(lake, ask, recipe, models.tokenizer_id) for ask in asks]
+    checkpoint_id = models.checkpoint["checkpoint_id"]
+    ids = [_generation_id(a, r, recipe, checkpoint_id) for a, r in zip(asks, requests, strict=True)]
+    tokens = _stored(lake, ids)
+    todo = [index for index in dict.fromkeys(ids.index(i) for i in ids) if ids[index] not in tokens]
+    if not todo:
+        return [_generation(lake, models, i, ask, tokens[i]) for i, ask in zip(ids, asks, strict=True)]
+    inputs = {"checkpoint": checkpoint_id, "asks": len(asks), "todo": len(todo)}
+    with recorded(lake, "generate", recipe, inputs) as run, progress("generate") as advance:
+        for start in range(0, len(todo), recipe.batch_size):
+            part = todo[start : start + recipe.batch_size]
+            drawn = generate_vision(models.lm, [requests[index] for index in part], recipe.sampling)
+            tokens |= {ids[index]: document for index, document in zip(part, drawn, strict=True)}
+            advance(start + len(part), len(todo), "")
+        generations = [_generation(lake, models, i, ask, tokens[i]) for i, ask in zip(ids, asks, strict=True)]
+        rows = [_row(generations[i], requests[i], recipe, models, tokens[ids[i]]) for i in todo]
+        run.outcome["generations"] = lake.append(GENERATIONS, rows, run.run_id)
+    return generations
+
+
+def _load(lake: Lake, checkpoint: str) -> _Models:
+    row = checkpoint_row(lake, checkpoint, "pretrain")
+    sets = lake.read_where(SEQUENCE_SETS, "seqset_id", [str(row["data_id"])], ["tokenizer_id"])
+    if not len(sets):
+        raise ConfigError(f"checkpoint {row['checkpoint_id']} was trained on sequences {row['data_id']}, which are not here")
+    tokenizer_id = sets["tokenizer_id"][0].as_py()
+    tokenizer = lake.read_where(TOKENIZERS, "tokenizer_id", [tokenizer_id]).to_pylist()[0]
+    lm = load_language_model(Path(str(row["uri"])))
+    return _Models(row, tokenizer_id, lm, load_vision_tokenizer(Path(tokenizer["uri"])))
+
+
+def _request(lake: Lake, ask: Ask, recipe: GenerateRecipe, tokenizer_id: str) -> VisionRequest:
+    if ask.kind == "image":
+        return VisionRequest(ask.prompt, "image", (1, recipe.h, recipe.w), None, ask.seed)
+    if ask.continued_clip_id is None:
+        return VisionRequest(ask.prompt, "video", (recipe.video_t, recipe.h, recipe.w), recipe.fps, ask.seed)
+    rows = lake.read_where(VISION_TOKENS, "clip_id", [ask.continued_clip_id]).to_pylist()
+    rows = [row for row in rows if row["tokenizer_id"] == tokenizer_id and row["kind"] == "video"]
+    if not rows:
+        raise ConfigError(f"clip {ask.continued_clip_id} has no video tokens by tokenizer {tokenizer_id}; run `outback tokenize`")
+    row = rows[0]
+    if not 0 < ask.context_t <= row["t"] or ask.context_t >= recipe.video_t:
+        raise ConfigError(
+            f"context of {ask.context_t} latent frames: the clip has {row['t']}, and {recipe.video_t} are to be made in all"
+        )
+    codes = np.frombuffer(row["codes"], "<u2").reshape(row["t"], row["h"], row["w"]).astype(np.int64)
+    grid = (recipe.video_t, row["h"], row["w"])
+    return VisionRequest(ask.prompt, "video", grid, row["fps"], ask.seed, codes[: ask.context_t])
+
+
+def _generation_id(ask: Ask, request: VisionRequest, recipe: GenerateRecipe, checkpoint_id: str) -> str:
+    context = "" if request.context_codes is None else request.context_codes.astype("<u2").tobytes().hex()
+    sampling = recipe.sampling.model_dump(mode="json")
+    return short_hash([ask.prompt, ask.kind, ask.seed, list(request.grid), request.fps, context, sampling, checkpoint_id])
+
+
+def _stored(lake: Lake, ids: Sequence[str]) -> dict[str, Tokens]:
+    rows = lake.read_where(GENERATIONS, "generation_id", sorted(set(ids)), ["generation_id", "tokens"]).to_pylist()
+    return {row["generation_id"]: np.frombuffer(row["tokens"], "<u4").astype(np.uint32) for row in rows}
+
+
+def _generation(lake: Lake, models: _Models, generation_id: str, ask: Ask, tokens: Tokens) -> Generation:
+    """Tokens -> frames, and the file if it is not there: a killed run may have left the row without its file, or half."""
+    document = parse_document(tokens, models.lm.vocabulary, models.lm.text)
+    if not isinstance(document, VisionDocument):
+        raise ConfigError(f"generation {generation_id} holds text, expected an image or a video")
+    frames = decode_codes(models.vision, document.codes, ask.kind)
+    path = lake.folder / "generations" / f"{generation_id}.{'png' if ask.kind == 'image' else 'mp4'}"
+    if not path.exists():
+        facts = {"outback.generation": generation_id, "prompt": ask.prompt, "seed": str(ask.seed)}
+        facts["outback.checkpoint"] = str(models.checkpoint["checkpoint_id"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+        if ask.kind == "image":
+            _write_png(draft, frames[0], facts)
+        else:
+            _write_mp4(draft, frames, document.fps or 8.0, facts)
+        draft.replace(path)
+    return Generation(generation_id, ask, path, frames)
+
+
+def decode_codes(vision: VisionTokenizer, codes: npt.NDArray[Any], kind: str) -> Frames:
+    """Codes (t, h, w) -> uint8 RGB frames (T, H, W, 3), one frame for an image."""
+    import torch
+
+    with torch.inference_mode():
+        codes_1thw = torch.from_numpy(np.ascontiguousarray(codes, np.int64)).unsqueeze(0)
+        if kind == "image":
+            return rgb_from_pixels(vision.decode(codes_1thw[:, 0]))
+        return rgb_from_pixels(vision.decode_chunks(codes_1thw)[0])
+
+
+def _row(
+    generation: Generation, request: VisionRequest, recipe: GenerateRecipe, models: _Models, tokens: Tokens
+) -> dict[str, object]:
+    ask = generation.ask
+    t, h, w = request.grid
+    return {
+        "generation_id": generation.generation_id,
+        "kind": ask.kind,
+        "prompt": ask.prompt,
+        "seed": ask.seed,
+        "sampling": canonical_json(recipe.sampling.model_dump(mode="json")),
+        "checkpoint_id": models.checkpoint["checkpoint_id"],
+        "tokenizer_id": models.tokenizer_id,
+        "t": t,
+        "h": h,
+        "w": w,
+        "fps": request.fps,
+        "tokens": tokens.astype("<u4").tobytes(),
+        "continued_clip_id": ask.continued_clip_id,
+        "context_t": ask.context_t,
+        "uri": str(generation.path),
+    }
+
+
+def _write_png(path: Path, image: Frames, facts: Mapping[str, str]) -> None:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in facts.items():
+        info.add_itxt(key, value)
+    Image.fromarray(image).save(path, pnginfo=info)
+
+
+def _write_mp4(path: Path, frames: Frames, fps: float, facts: Mapping[str, str]) -> None:
+    import av
+
+    with av.open(str(path), "w") as container:
+        container.metadata["comment"] = json.dumps(dict(facts), sort_keys=True)
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())

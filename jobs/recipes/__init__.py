@@ -1,0 +1,1 @@
+"""Shipped recipes: one complete run per TOML file."""

@@ -1,0 +1,105 @@
+"""Scan: clips and CPU scores of everything not yet scanned, by one decode per medium."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+
+from jobs.cluster import ensure_ray, num_cpus
+from jobs.progress import progress
+from jobs.run import recorded
+from pipeline.sandbox import Sandbox
+from pipeline.scan_medium import ScanConfig, scan_medium
+from pipeline.stage import Rows, Stage, StageOutcome, left_to_do, run_stage
+from schemas.catalog import Lake
+from schemas.clips import CLIPS, SCANS
+from schemas.errors import RowError
+from schemas.media import LOCATIONS, MEDIA
+from schemas.scores import FAMILIES
+
+
+@dataclass(frozen=True)
+class ScanReport:
+    """What a scan did. `outcome` is None when there was nothing to do."""
+
+    scan_id: str
+    num_media: int
+    outcome: StageOutcome | None
+
+
+class ScanWorker:
+    """Scans media in a child process of its own, which dies in its place when a file is hostile."""
+
+    def __init__(self, config: ScanConfig) -> None:
+        self.config = config
+        self.sandbox = Sandbox(config.timeout_s, config.memory_mb)
+
+    def process(self, item: Mapping[str, Any]) -> Rows:
+        """One medium -> rows of `clips`, every score family and `scans`."""
+        path = _same_bytes(item)
+        result = self.sandbox.run(scan_medium, path, item["media_id"], item["kind"], self.config)
+        return {CLIPS.name: result.clips, **result.scores, SCANS.name: [result.scan]}
+
+
+def scan_stage(config: ScanConfig) -> Stage:
+    """The stage for a config: its id covers the segmentation and every scorer."""
+    return Stage(
+        name="scan",
+        stage_id=config.scan_id,
+        item_key="media_id",
+        tables=(CLIPS, *FAMILIES, SCANS),
+        make_worker=partial(ScanWorker, config),
+    )
+
+
+def scan(lake: Lake, config: ScanConfig, *, retry_failed: bool = False) -> ScanReport:
+    """Scan what is left. Does not start Ray when nothing is."""
+    stage = scan_stage(config)
+    media = lake.read(MEDIA, ["media_id", "kind", "num_bytes"])
+    done = lake.read(SCANS, ["media_id", "scan_id"])
+    done = done.filter(pa.compute.equal(done["scan_id"], config.scan_id))
+    todo = left_to_do(lake, stage, media, done, retry_failed=retry_failed)
+    if not len(todo):
+        return ScanReport(config.scan_id, len(media), None)
+    todo = _with_places(lake, todo)
+    inputs = {"media": lake.snapshot_id(MEDIA), "todo": len(todo), "scan_id": config.scan_id}
+    with recorded(lake, "scan", config, inputs) as run, progress("scan") as advance:
+        ensure_ray()
+        outcome = run_stage(lake, stage, todo, run.run_id, num_cpus(), advance)
+        run.outcome |= {"done": outcome.num_done, "failed": outcome.num_failed, "rows": dict(outcome.rows_added)}
+    return ScanReport(config.scan_id, len(media), outcome)
+
+
+def _with_places(lake: Lake, todo: pa.Table) -> pa.Table:
+    """Adds every known place of each medium, in order of name, the first as `uri`; and its size as the cost."""
+    places: dict[str, list[str]] = {}
+    for row in lake.read(LOCATIONS, ["media_id", "uri"]).sort_by("uri").to_pylist():
+        found = places.setdefault(row["media_id"], [])
+        if row["uri"] not in found:
+            found.append(row["uri"])
+    ids = todo["media_id"].to_pylist()
+    todo = todo.append_column("uris", pa.array([places.get(item, []) for item in ids], pa.list_(pa.string())))
+    todo = todo.append_column("uri", pa.array([places.get(item, [None])[0] for item in ids], pa.string()))
+    return todo.append_column("cost", todo["num_bytes"])
+
+
+def _same_bytes(item: Mapping[str, Any]) -> str:
+    """The first place that still holds a file of the ingested size.
+
+    Raises: RowError if there is none; not terminal, because a store may be back tomorrow.
+    """
+    import os
+
+    seen = []
+    for uri in item["uris"]:
+        try:
+            size = os.stat(uri).st_size
+        except OSError as error:
+            seen.append(f"{uri}: {error.strerror}")
+            continue
+        if size == item["num_bytes"]:
+            return str(uri)
+        seen.append(f"{uri}: {size} bytes, ingested with {item['num_bytes']}")
+    raise RowError("Moved", f"no place of {item['media_id']} holds it any more: {'; '.join(seen)}", terminal=False)

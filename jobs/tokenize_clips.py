@@ -1,0 +1,137 @@
+"""Tokenize: the clips of a set through a trained vision tokenizer, into `vision_tokens`."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.cluster import ensure_ray, num_cpus
+from jobs.curate import read_set
+from jobs.progress import progress
+from jobs.run import recorded
+from pipeline.stage import Stage, StageOutcome, left_to_do, run_stage
+from pipeline.tokenize_vision import Encode, Frames, Preparation, TokenizeWorker
+from schemas.catalog import Lake
+from schemas.checkpoints import CHECKPOINTS
+from schemas.errors import ConfigError
+from schemas.media import LOCATIONS, MEDIA
+from schemas.recipe import Config, canonical_json, short_hash
+from schemas.vision_tokens import TOKENIZERS, VISION_TOKENS
+
+
+class TokenizeRecipe(Config):
+    """How clips are prepared, and on how many threads each worker encodes."""
+
+    preparation: Preparation = Preparation()
+    num_threads: int = 1
+
+
+@dataclass(frozen=True)
+class TokenizeReport:
+    """What was tokenized. `outcome` is None when there was nothing to do."""
+
+    tokenizer_id: str
+    num_clips: int
+    outcome: StageOutcome | None
+
+
+@dataclass(frozen=True)
+class LoadEncoder:
+    """Loads a checkpoint's encoder inside a worker. A class, so that it travels to workers by pickling."""
+
+    folder: Path
+    num_threads: int
+
+    def __call__(self) -> Encode:
+        """The encoder, on one device, in eval mode."""
+        import torch
+
+        from model.vision_tokenizer.pixels import pixels_from_rgb
+        from model.weights import load_vision_tokenizer
+
+        torch.set_num_threads(self.num_threads)
+        tokenizer = load_vision_tokenizer(self.folder).eval()
+
+        def encode(frames: Frames) -> npt.NDArray[np.int64]:
+            pixels = pixels_from_rgb(frames)
+            with torch.inference_mode():
+                if len(frames) == 1:
+                    return np.asarray(tokenizer.encode(pixels).numpy())
+                # Groups of four frames are encoded apart: what the published weights need (specified by the authors' demo).
+                groups = pixels.unflatten(0, (-1, 4))
+                return np.asarray(tokenizer.encode(groups).squeeze(1).numpy())
+
+        return encode
+
+
+def clip_items(lake: Lake, set_name: str) -> pa.Table:
+    """The clips of a set with what a reader of their frames needs: place and shown size of their medium."""
+    clips = read_set(lake, set_name).select(["clip_id", "media_id", "kind", "start_ms", "end_ms"])
+    media = sorted(set(clips["media_id"].to_pylist()))
+    sizes = {row["media_id"]: row for row in lake.read_where(MEDIA, "media_id", media).to_pylist()}
+    places: dict[str, str] = {}
+    for row in lake.read_where(LOCATIONS, "media_id", media, ["media_id", "uri"]).sort_by("uri").to_pylist():
+        # The first name that still leads somewhere; if none does, the first, so that the failure names it.
+        if row["media_id"] not in places or (not Path(places[row["media_id"]]).exists() and Path(row["uri"]).exists()):
+            places[row["media_id"]] = row["uri"]
+    ids = clips["media_id"].to_pylist()
+    clips = clips.append_column("uri", pa.array([places[item] for item in ids], pa.string()))
+    for name in ("width_px", "height_px"):
+        clips = clips.append_column(name, pa.array([sizes[item][name] for item in ids], pa.int32()))
+    return clips.sort_by("clip_id")
+
+
+def checkpoint_row(lake: Lake, checkpoint: str, objective: str) -> dict[str, object]:
+    """The `checkpoints` row of an id or a unique beginning of one; `latest` is the newest of its objective.
+
+    Raises: ConfigError if none or several fit.
+    """
+    rows = [row for row in lake.read(CHECKPOINTS).to_pylist() if row["objective"] == objective]
+    if checkpoint == "latest":
+        found = sorted(rows, key=lambda row: row["written_at"])[-1:]
+    else:
+        found = [row for row in rows if str(row["checkpoint_id"]).startswith(checkpoint)]
+    if len(found) != 1:
+        known = [row["checkpoint_id"] for row in rows]
+        raise ConfigError(f"{checkpoint!r} names {len(found)} {objective} checkpoints; there are {known}")
+    return dict(found[0])
+
+
+def tokenize(lake: Lake, set_name: str, checkpoint: str, recipe: TokenizeRecipe, *, retry_failed: bool = False) -> TokenizeReport:
+    """Tokenize what is left of a set. Does not start Ray when nothing is."""
+    weights = checkpoint_row(lake, checkpoint, "vision_tokenizer")
+    preparation = recipe.preparation
+    frames = preparation.model_dump(include={"area_px", "fps", "max_frames"}, mode="json")
+    tokenizer_id = short_hash({"checkpoint": weights["checkpoint_id"], "preparation": frames})
+    stage = Stage(
+        name="tokenize",
+        stage_id=tokenizer_id,
+        item_key="clip_id",
+        tables=(VISION_TOKENS,),
+        make_worker=partial(
+            TokenizeWorker, LoadEncoder(Path(str(weights["uri"])), recipe.num_threads), tokenizer_id, preparation
+        ),
+    )
+    clips = clip_items(lake, set_name)
+    done = lake.read(VISION_TOKENS, ["clip_id", "tokenizer_id"])
+    done = done.filter(pc.equal(done["tokenizer_id"], tokenizer_id))
+    todo = left_to_do(lake, stage, clips, done, retry_failed=retry_failed)
+    if not len(todo):
+        return TokenizeReport(tokenizer_id, len(clips), None)
+    inputs = {"set": set_name, "checkpoint": weights["checkpoint_id"], "tokenizer_id": tokenizer_id, "todo": len(todo)}
+    with recorded(lake, "tokenize", recipe, inputs) as run, progress("tokenize") as advance:
+        row = {
+            "tokenizer_id": tokenizer_id,
+            "checkpoint_id": weights["checkpoint_id"],
+            "preparation": canonical_json(frames),
+            "uri": weights["uri"],
+        }
+        lake.append(TOKENIZERS, [row], run.run_id)
+        ensure_ray()
+        outcome = run_stage(lake, stage, todo, run.run_id, num_cpus(), advance)
+        run.outcome |= {"done": outcome.num_done, "failed": outcome.num_failed}
+    return TokenizeReport(tokenizer_id, len(clips), outcome)

@@ -1,0 +1,146 @@
+"""Causal attention with grouped keys and values, over whole rows, packed documents, padded rows or a cache.
+
+Shapes: B batch, L new tokens, S tokens in all, D hidden, H query heads, K key-value heads, C channels of a head.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.kv_cache import KvCache
+from model.rope import rotate
+
+if TYPE_CHECKING:
+    from model.transformer import TransformerConfig
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens start..end-1 of one row, which see one another and nothing else."""
+
+    row: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Who sees whom, worked out once for all layers.
+
+    `spans`: packed documents or unpadded parts, each causal within itself. `mask_B1LS`: True where a query sees a key.
+    Neither: every row is causal from its first token.
+    """
+
+    spans: tuple[Span, ...] | None = None
+    mask_B1LS: Tensor | None = None
+    causal: bool = True
+
+
+def plan_attention(
+    num_new: int,
+    num_past: int,
+    document_ids_BL: Tensor | None,
+    attention_mask_BS: Tensor | None,
+    device: torch.device,
+) -> AttentionPlan:
+    """What the caller knows of the rows -> the cheapest way to attend that is exact.
+
+    Spans run the plain causal kernel on each document: no L x L mask, however long the row, and no work across
+    documents. Only a cached step over padded rows needs a mask, and that has one row for each new token.
+    """
+    if document_ids_BL is not None:
+        return AttentionPlan(spans=_document_spans(document_ids_BL))
+    padded = attention_mask_BS is not None and not bool(attention_mask_BS.all())
+    if num_past == 0 and padded:
+        assert attention_mask_BS is not None
+        return AttentionPlan(spans=_unpadded_spans(attention_mask_BS))
+    if num_past == 0:
+        return AttentionPlan()
+    if num_new == 1 and not padded:
+        return AttentionPlan(causal=False)  # one query that sees everything
+    queries = torch.arange(num_past, num_past + num_new, device=device).unsqueeze(1)
+    mask = queries >= torch.arange(num_past + num_new, device=device).unsqueeze(0)
+    mask_B1LS = mask[None, None]
+    if attention_mask_BS is not None:
+        mask_B1LS = mask_B1LS & attention_mask_BS.bool()[:, None, None, :]
+    return AttentionPlan(mask_B1LS=mask_B1LS, causal=False)
+
+
+def _document_spans(document_ids_BL: Tensor) -> tuple[Span, ...]:
+    spans = []
+    changes_BL = (document_ids_BL[:, 1:] != document_ids_BL[:, :-1]).cpu()
+    for row, changes_L in enumerate(changes_BL):
+        edges = [0, *(changes_L.nonzero().squeeze(1) + 1).tolist(), document_ids_BL.shape[1]]
+        spans += [Span(row, start, end) for start, end in itertools.pairwise(edges)]
+    return tuple(spans)
+
+
+def _unpadded_spans(attention_mask_BL: Tensor) -> tuple[Span, ...]:
+    mask_BL = attention_mask_BL.bool().cpu()
+    length = mask_BL.shape[1]
+    starts = (length - mask_BL.sum(dim=1)).tolist()
+    if not torch.equal(mask_BL, torch.arange(length).unsqueeze(0) >= torch.tensor(starts).unsqueeze(1)):
+        raise ValueError(
+            "found an attention mask with padding between or after tokens, expected padding on the left only"
+        )
+    return tuple(Span(row, start, length) for row, start in enumerate(starts) if start < length)
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention without biases. Attribute names are the published state-dict keys."""
+
+    def __init__(self, config: "TransformerConfig", layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.dropout = config.dropout
+        query_dim, key_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_dim, bias=False)
+        self.o_proj = nn.Linear(query_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor], plan: AttentionPlan, kv_cache: KvCache | None
+    ) -> Tensor:
+        """Hidden states -> what each token gathered from those that it sees."""
+        # -1 and not num_heads: under tensor parallelism a device holds some of the heads.
+        query_BLHC = rotate(torch.unflatten(self.q_proj(x_BLD), -1, (-1, self.head_dim)), *rotary)
+        key_BLKC = rotate(torch.unflatten(self.k_proj(x_BLD), -1, (-1, self.head_dim)), *rotary)
+        value_BLKC = torch.unflatten(self.v_proj(x_BLD), -1, (-1, self.head_dim))
+        query, key, value = (part.transpose(1, 2) for part in (query_BLHC, key_BLKC, value_BLKC))
+        if kv_cache is not None:
+            key, value = kv_cache.update(self.layer, key, value)
+        if plan.spans is None:
+            mixed_BHLC = self._attend(query, key, value, plan.mask_B1LS, plan.causal)
+        else:
+            mixed_BHLC = self._attend_spans(query, key, value, plan.spans)
+        out_BLD: Tensor = self.o_proj(mixed_BHLC.transpose(1, 2).flatten(2))
+        return out_BLD
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        grouped = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
+        )
+
+    def _attend_spans(self, query_BHLC: Tensor, key: Tensor, value: Tensor, spans: tuple[Span, ...]) -> Tensor:
+        batch_size, num_heads, length, head_dim = query_BHLC.shape
+        parts: list[Tensor] = []  # one (H, tokens, C) for each stretch of the rows laid end to end
+        end = 0
+        for span in spans:
+            start = span.row * length + span.start
+            if start > end:  # padding sees nothing and gathers nothing
+                parts.append(query_BHLC.new_zeros(num_heads, start - end, head_dim))
+            place = (slice(span.row, span.row + 1), slice(None), slice(span.start, span.end))
+            parts.append(self._attend(query_BHLC[place], key[place], value[place], None, True)[0])
+            end = span.row * length + span.end
+        if end < batch_size * length:
+            parts.append(query_BHLC.new_zeros(num_heads, batch_size * length - end, head_dim))
+        # Joined and not written into a buffer, so that the backward pass stays linear in the number of spans.
+        return torch.cat(parts, dim=1).view(num_heads, batch_size, length, head_dim).transpose(0, 1)

@@ -1,0 +1,269 @@
+"""The language model: a Llama-style decoder over text, special and vision tokens.
+
+Shapes: B batch, L tokens, S tokens seen and new, D hidden, V vocabulary.
+"""
+
+from types import MappingProxyType
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from model.attention import AttentionPlan, SelfAttention, plan_attention
+from model.kv_cache import KvCache
+from model.rope import rotary_tables
+from schemas.recipe import Config
+
+INIT_STD = 0.02
+
+
+class TransformerConfig(Config):
+    """Numbers that fix the architecture. The defaults are those that all sizes share.
+
+    `dropout` acts in four places: on embeddings, attention probabilities, and the outputs of attention and MLP.
+    Paper: Emu3 report, section 2.3.
+    """
+
+    vocab_size: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1)
+    num_layers: int = Field(ge=1)
+    num_heads: int = Field(ge=1)
+    num_kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=2, multiple_of=2)
+    rope_theta: float = Field(default=1_000_000.0, gt=0)
+    rms_norm_eps: float = Field(default=1e-5, gt=0)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    max_position_embeddings: int = Field(default=131_072, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"found num_heads {self.num_heads}, expected a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        return self
+
+
+TRANSFORMER_SIZES = MappingProxyType(
+    {
+        "8b": TransformerConfig(
+            vocab_size=184_622,
+            hidden_size=4096,
+            intermediate_size=14_336,
+            num_layers=32,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+        ),
+        "tiny": TransformerConfig(
+            vocab_size=1024 + 211 + 512,
+            hidden_size=192,
+            intermediate_size=512,
+            num_layers=6,
+            num_heads=6,
+            num_kv_heads=2,
+            head_dim=32,
+            dropout=0.0,  # a model this small does not overfit before it fits
+            max_position_embeddings=4096,
+        ),
+    }
+)
+
+
+def transformer_size(name: str, vocab_size: int | None = None) -> TransformerConfig:
+    """A size's name, and the vocabulary's size where it differs -> the config.
+
+    Raises: KeyError if there is no such size.
+    """
+    config = TRANSFORMER_SIZES[name]
+    return config if vocab_size is None else config.model_copy(update={"vocab_size": vocab_size})
+
+
+class RmsNorm(nn.Module):
+    """Root-mean-square norm, worked out in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Hidden states -> normalised ones, in their own dtype."""
+        wide = x_BLD.float()
+        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x_BLD.dtype)
+
+
+class Mlp(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Hidden states -> hidden states."""
+        out_BLD: Tensor = self.down_proj(F.silu(self.gate_proj(x_BLD)) * self.up_proj(x_BLD))
+        return out_BLD
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each after a norm and beside a residual path."""
+
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(config, layer)
+        self.mlp = Mlp(config)
+        self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor], plan: AttentionPlan, kv_cache: KvCache | None = None
+    ) -> Tensor:
+        """Hidden states -> hidden states."""
+        x_BLD = x_BLD + self.dropout(self.self_attn(self.input_layernorm(x_BLD), rotary, plan, kv_cache))
+        out_BLD: Tensor = x_BLD + self.dropout(self.mlp(self.post_attention_layernorm(x_BLD)))
+        return out_BLD
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and last norm, under the published prefix `model.`."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
+        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, tokens_BL: Tensor, rotary: tuple[Tensor, Tensor], plan: AttentionPlan, kv_cache: KvCache | None
+    ) -> Tensor:
+        """Tokens -> hidden states after the last norm."""
+        x_BLD = self.dropout(self.embed_tokens(tokens_BL))
+        for layer in self.layers:
+            x_BLD = layer(x_BLD, rotary, plan, kv_cache)
+        out_BLD: Tensor = self.norm(x_BLD)
+        return out_BLD
+
+
+class Transformer(nn.Module):
+    """Emu3's language model at any size. State-dict keys are those of the published weights (and Llama's)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.init_weights()
+
+    def init_weights(self, pad_token: int | None = None) -> None:
+        """Fresh parameters: normal of standard deviation 0.02, norms 1, and the padding row, if named, zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=INIT_STD)
+            elif isinstance(module, RmsNorm):
+                nn.init.ones_(module.weight)
+        if pad_token is not None:
+            with torch.no_grad():
+                self.model.embed_tokens.weight[pad_token].zero_()
+
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        *,
+        positions_BL: Tensor | None = None,
+        document_ids_BL: Tensor | None = None,
+        kv_cache: KvCache | None = None,
+        attention_mask_BL: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens -> logits of the next token at each place, (B, L, V) float32. Arguments as in `hidden`."""
+        hidden_BLD = self.hidden(
+            tokens_BL,
+            positions_BL=positions_BL,
+            document_ids_BL=document_ids_BL,
+            kv_cache=kv_cache,
+            attention_mask_BL=attention_mask_BL,
+        )
+        return self.logits(hidden_BLD)
+
+    def hidden(
+        self,
+        tokens_BL: Tensor,
+        *,
+        positions_BL: Tensor | None = None,
+        document_ids_BL: Tensor | None = None,
+        kv_cache: KvCache | None = None,
+        attention_mask_BL: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens -> hidden states (B, L, D) that `logits` turns into logits, whole or in chunks.
+
+        document_ids_BL: packed rows. A run of equal ids is a document; attention stays inside it, and positions start
+            at 0 in each unless given.
+        kv_cache: the tokens come after those in the cache, and are added to it.
+        attention_mask_BL: 0 on left padding, 1 on tokens; with a cache it covers cached and new tokens, (B, S). What
+            stands at padded places of the result means nothing.
+
+        Raises: ValueError for combinations that mean nothing.
+        """
+        num_past = 0 if kv_cache is None else kv_cache.length
+        num_new = tokens_BL.shape[1]
+        if document_ids_BL is not None and (kv_cache is not None or attention_mask_BL is not None):
+            raise ValueError("found document ids with a cache or an attention mask: packed rows have neither")
+        if attention_mask_BL is not None and attention_mask_BL.shape[1] != num_past + num_new:
+            found, expected = attention_mask_BL.shape[1], num_past + num_new
+            raise ValueError(f"found an attention mask over {found} tokens, expected {expected}, cached ones included")
+        if positions_BL is None:
+            positions_BL = _positions(tokens_BL, num_past, document_ids_BL, attention_mask_BL)
+        plan = plan_attention(num_new, num_past, document_ids_BL, attention_mask_BL, tokens_BL.device)
+        rotary = rotary_tables(positions_BL, self.config.head_dim, self.config.rope_theta)
+        hidden_BLD: Tensor = self.model(tokens_BL, rotary, plan, kv_cache)
+        if kv_cache is not None:
+            kv_cache.advance(num_new)
+        return hidden_BLD
+
+    def logits(self, hidden_BLD: Tensor, rows: slice | None = None) -> Tensor:
+        """Hidden states -> float32 logits, of all ids or only of a range of them (when nothing else may come next)."""
+        if rows is None:
+            out: Tensor = self.lm_head(hidden_BLD)
+            return out.float()
+        return F.linear(hidden_BLD, self.lm_head.weight[rows]).float()
+
+    def new_cache(self, batch_size: int, max_length: int) -> KvCache:
+        """An empty cache for these many rows and tokens, on the device and in the dtype of the weights."""
+        weight, config = self.lm_head.weight, self.config
+        return KvCache(
+            config.num_layers,
+            batch_size,
+            config.num_kv_heads,
+            max_length,
+            config.head_dim,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+
+
+def _positions(
+    tokens_BL: Tensor, num_past: int, document_ids_BL: Tensor | None, attention_mask_BS: Tensor | None
+) -> Tensor:
+    if document_ids_BL is not None:
+        return document_positions(document_ids_BL)
+    num_new = tokens_BL.shape[1]
+    if attention_mask_BS is not None:
+        return (attention_mask_BS.long().cumsum(dim=1) - 1).clamp_min(0)[:, num_past:]
+    return torch.arange(num_past, num_past + num_new, device=tokens_BL.device).expand(len(tokens_BL), num_new)
+
+
+def document_positions(document_ids_BL: Tensor) -> Tensor:
+    """Document ids -> the place of each token in its document, from 0 (B, L)."""
+    length = document_ids_BL.shape[1]
+    places_BL = torch.arange(length, device=document_ids_BL.device).expand_as(document_ids_BL)
+    starts = torch.ones_like(document_ids_BL, dtype=torch.bool)
+    starts[:, 1:] = document_ids_BL[:, 1:] != document_ids_BL[:, :-1]
+    return places_BL - torch.where(starts, places_BL, 0).cummax(dim=1).values

@@ -1,0 +1,1 @@
+"""Curation: from raw media to packed sequences, as stages over Ray Data."""

@@ -1,0 +1,185 @@
+"""Opening a video with one of several decoders, and the frames every one of them gives.
+
+All decoders give the same thing: frames in presentation order, in the orientation a player shows, as BGR bytes, with
+the time of the first frame as zero. A decoder that cannot open a file or decode its first frame hands over to the next,
+and the reader says which one served.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from schemas.errors import ConfigError, RowError
+
+Image = NDArray[np.uint8]
+"""One picture: uint8 [height, width, 3], blue first as OpenCV has it."""
+
+CustomDecoder = Callable[[Path], Iterable[tuple[float, Image]]]
+"""A decoder of the user's own: a path -> (seconds, BGR image as shown) in presentation order."""
+
+BUILT_IN = ("pyav", "opencv", "decord")
+MICROSECOND = Fraction(1, 1_000_000)
+FALLBACK_FPS = Fraction(25)  # nominal rate of a stream that states none and has a single frame
+
+
+class Frame:
+    """One frame of a video: its place, its time, and its picture on demand.
+
+    `pts` counts `time_base` units from the first frame of the video. `index` counts frames in presentation order and is
+    None after a seek, where it cannot be known. `bgr` is called while the frame is the newest one: some decoders reuse
+    their buffer. Pictures nobody asks for are never converted.
+    """
+
+    __slots__ = ("_convert", "index", "pts", "time_base")
+
+    def __init__(self, index: int | None, pts: int, time_base: Fraction, convert: Callable[[], Image]) -> None:
+        self.index = index
+        self.pts = pts
+        self.time_base = time_base
+        self._convert = convert
+
+    @property
+    def seconds(self) -> float:
+        """Presentation time in seconds after the first frame of the video."""
+        return float(self.pts * self.time_base)
+
+    def bgr(self) -> Image:
+        """The picture as shown: uint8 [height, width, 3], blue first."""
+        return self._convert()
+
+
+class VideoReader(ABC):
+    """An open video whose first frame is known to decode. Iterating gives the frames that are left.
+
+    `decoder` names what serves, `fps` is the nominal rate of the header and may be wrong, `end_s` is the time at which
+    the newest frame given so far stops being shown.
+    """
+
+    decoder: str
+    fps: Fraction
+    end_s: float = 0.0
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Frame]:
+        """Frames in presentation order, from the current place to the end.
+
+        Raises: RowError if the stream breaks before its end.
+        """
+
+    @abstractmethod
+    def seek(self, seconds: float) -> None:
+        """Moves so that iteration starts at or before the frame shown at `seconds`."""
+
+    def close(self) -> None:
+        """Gives back files and memory."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_video(path: Path, decoder: str = "pyav", *, max_pixels: int | None = None, threads: int = 1) -> VideoReader:
+    """A file -> a reader served by `decoder`, or by the next built-in one that decodes the first frame.
+
+    `decoder` is pyav, opencv, decord, or "module:function" for a decoder of the user's own. That one has no stand-in:
+    whoever names it wants its frames or its error.
+
+    Raises: RowError(DecodeFailed) if no decoder gives a frame, RowError(TooManyPixels) if frames are too large;
+        ConfigError if there is no such decoder.
+    """
+    path = path.absolute()  # FFmpeg takes a leading dash for an option and `name:` for a protocol
+    if ":" in decoder:
+        return CustomReader(path, decoder, load_custom_decoder(decoder))
+    check_decoder(decoder)
+    failures = []
+    for name in (decoder, *(other for other in BUILT_IN if other != decoder)):
+        try:
+            return _open_with(name, path, max_pixels, threads)
+        except RowError as error:
+            if error.reason == "TooManyPixels":
+                raise
+            failures.append(f"{name}: {error.message}")
+    raise RowError("DecodeFailed", f"{path.name}: no decoder gives a first frame; " + "; ".join(failures))
+
+
+def check_decoder(decoder: str) -> None:
+    """Raises: ConfigError if `decoder` is neither a built-in name nor of the form module:function."""
+    if decoder not in BUILT_IN and ":" not in decoder:
+        raise ConfigError(f"unknown decoder {decoder!r}: use one of {', '.join(BUILT_IN)}, or module:function")
+
+
+def load_custom_decoder(decoder: str) -> CustomDecoder:
+    """ "module:function" -> the function. Raises: ConfigError if there is none."""
+    module, _, function = decoder.partition(":")
+    try:
+        loaded: CustomDecoder = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"decoder {decoder!r} cannot be imported: {error}") from error
+    return loaded
+
+
+def check_pixels(width: int, height: int, max_pixels: int | None) -> None:
+    """Raises: RowError(TooManyPixels) if a picture of this size is larger than allowed."""
+    if max_pixels is not None and width * height > max_pixels:
+        raise RowError("TooManyPixels", f"{width}x{height} is {width * height} pixels; the limit is {max_pixels}")
+
+
+def turned(image: Image, rotation_deg: int) -> Image:
+    """A stored picture and its counter-clockwise rotation, a multiple of 90 -> the picture as shown."""
+    quarters = round(rotation_deg / 90) % 4
+    return np.ascontiguousarray(np.rot90(image, quarters)) if quarters else image
+
+
+def _open_with(name: str, path: Path, max_pixels: int | None, threads: int) -> VideoReader:
+    if name == "pyav":
+        from pipeline.decode_pyav import PyavReader
+
+        return PyavReader(path, max_pixels, threads)
+    if name == "opencv":
+        from pipeline.decode_opencv import OpencvReader
+
+        return OpencvReader(path, max_pixels, threads)
+    from pipeline.decode_decord import DecordReader
+
+    return DecordReader(path, max_pixels, threads)
+
+
+class CustomReader(VideoReader):
+    """Frames of a user's decoder. A seek starts over: the contract has no random access."""
+
+    def __init__(self, path: Path, name: str, decode: CustomDecoder) -> None:
+        self.decoder = name
+        self._path = path
+        self._decode = decode
+        self.fps = self._nominal_fps()
+
+    def _nominal_fps(self) -> Fraction:
+        times = []
+        for seconds, _ in self._decode(self._path):
+            times.append(seconds)
+            if len(times) == 2:
+                break
+        if not times:
+            raise RowError("DecodeFailed", f"{self._path.name}: decoder {self.decoder} gives no frame")
+        if len(times) < 2 or times[1] <= times[0]:
+            return FALLBACK_FPS
+        return Fraction(1 / (times[1] - times[0])).limit_denominator(10_000)
+
+    def __iter__(self) -> Iterator[Frame]:
+        first: float | None = None
+        for index, (seconds, image) in enumerate(self._decode(self._path)):
+            first = seconds if first is None else first
+            frame = Frame(index, round((seconds - first) / MICROSECOND), MICROSECOND, lambda image=image: image)  # type: ignore[misc]  # default binds the loop variable
+            self.end_s = frame.seconds + float(1 / self.fps)
+            yield frame
+
+    def seek(self, seconds: float) -> None:
+        """Does nothing: iteration starts at the first frame, which is before any other."""

@@ -1,0 +1,185 @@
+"""Decoding with PyAV (FFmpeg): the default, and the only one that reads AV1, HDR and every odd file we know of."""
+
+from collections.abc import Iterator
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+
+import av
+import av.error
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorPrimaries, ColorTrc, Interpolation, VideoReformatter
+from av.video.stream import VideoStream
+
+from pipeline.decode import FALLBACK_FPS, Frame, Image, VideoReader, check_pixels, turned
+from schemas.errors import RowError
+
+MAX_CONSECUTIVE_FAILURES = 8  # as many packets that do not decode, in a row, end the stream (PySceneDetect's number)
+HDR_TRANSFERS = {int(ColorTrc.SMPTE2084), int(ColorTrc.ARIB_STD_B67)}  # PQ and HLG need tone mapping
+SLOPPY_END_S = 1.0  # headers overstate the length by this much, or by the share below, in files that are whole
+SLOPPY_END_RATIO = 0.1
+
+
+class PyavReader(VideoReader):
+    """One pass over the first video stream. Audio is not touched, so an audio stream that is broken does not matter."""
+
+    decoder = "pyav"
+
+    def __init__(self, path: Path, max_pixels: int | None, threads: int) -> None:
+        self._path = path
+        self._max_pixels = max_pixels
+        self._threads = threads
+        self._reformatter = VideoReformatter()  # one for all frames: it keeps the conversion tables
+        self._failures = 0
+        self._failure = ""
+        self._open()
+        self.fps = self._nominal_fps()
+        first = next(self._raw, None)
+        if first is None:
+            self.close()
+            raise RowError("DecodeFailed", f"{path.name}: no frame decodes {self._failure}".rstrip())
+        self._origin = first.pts if first.pts is not None else (first.dts or 0)
+        self._raw = chain([first], self._raw)
+
+    def _open(self) -> None:
+        try:
+            self._container = open_container(self._path)
+        except av.error.FFmpegError as error:
+            raise RowError("DecodeFailed", f"{self._path.name} cannot be opened: {error.strerror}") from error
+        self._stream = first_video_stream(self._container, self._path)
+        check_pixels(self._stream.width, self._stream.height, self._max_pixels)
+        self._stream.thread_type = "AUTO"
+        self._stream.codec_context.thread_count = self._threads
+        self._raw: Iterator[VideoFrame] = self._decoded()
+        self._index: int | None = 0
+        self._last_pts: int | None = None
+
+    def _nominal_fps(self) -> Fraction:
+        rate = self._stream.guessed_rate or self._stream.average_rate
+        return Fraction(rate.numerator, rate.denominator) if rate else FALLBACK_FPS
+
+    def _decoded(self) -> Iterator[VideoFrame]:
+        """Frames of every packet that decodes. Broken packets are left out until too many come in a row."""
+        failures = 0
+        packets = self._container.demux(self._stream)
+        while True:
+            try:
+                packet = next(packets, None)
+                frames = packet.decode() if packet is not None else []
+            except av.error.EOFError:
+                return
+            except av.error.FFmpegError as error:
+                self._failures += 1
+                self._failure = f"({error.strerror})"
+                failures += 1
+                if failures >= MAX_CONSECUTIVE_FAILURES:
+                    return
+                continue
+            if packet is None:
+                return
+            if frames:
+                failures = 0
+            for frame in frames:
+                if isinstance(frame, VideoFrame):
+                    yield frame
+
+    def __iter__(self) -> Iterator[Frame]:
+        for raw in self._raw:
+            check_pixels(raw.width, raw.height, self._max_pixels)
+            time_base = self._time_base(raw)
+            pts = self._pts(raw, time_base)
+            self._last_pts = pts
+            self.end_s = float((pts + self._duration(raw, time_base)) * time_base)
+            yield Frame(self._index, pts, time_base, lambda raw=raw: self._bgr(raw))  # type: ignore[misc]  # default binds the loop variable
+            if self._index is not None:
+                self._index += 1
+        self._check_whole()
+
+    def _time_base(self, raw: VideoFrame) -> Fraction:
+        base = raw.time_base or self._stream.time_base
+        return Fraction(base.numerator, base.denominator) if base else 1 / self.fps
+
+    def _pts(self, raw: VideoFrame, time_base: Fraction) -> int:
+        """Time since the first frame; where a frame states none, or one that runs backwards, the nominal step."""
+        stated = raw.pts if raw.pts is not None else raw.dts
+        pts = None if stated is None else stated - self._origin
+        if self._last_pts is None:
+            return pts or 0
+        if pts is None or pts <= self._last_pts:
+            return self._last_pts + max(1, round(1 / (self.fps * time_base)))
+        self._step = pts - self._last_pts
+        return pts
+
+    _step = 0
+
+    def _duration(self, raw: VideoFrame, time_base: Fraction) -> int:
+        return raw.duration or self._step or max(1, round(1 / (self.fps * time_base)))
+
+    def _bgr(self, raw: VideoFrame) -> Image:
+        """Bicubic chroma, as OpenCV converts, so that scene cuts equal those of PySceneDetect on OpenCV; HDR is toned
+        down to the standard range, without which it looks like fog."""
+        hdr = int(raw.color_trc) in HDR_TRANSFERS
+        shown = self._reformatter.reformat(
+            raw,
+            format="bgr24",
+            interpolation=Interpolation.BICUBIC,
+            dst_color_trc=ColorTrc.BT709 if hdr else None,
+            dst_color_primaries=ColorPrimaries.BT709 if hdr else None,
+            threads=1,
+        )
+        return turned(shown.to_ndarray(), raw.rotation)
+
+    def _check_whole(self) -> None:
+        """Raises: RowError(Truncated) if frames stop well before the length that the header states for the video."""
+        stream = self._stream
+        if not stream.duration or not stream.time_base:
+            stated = self._container.duration / av.time_base if self._failures and self._container.duration else 0.0
+        else:
+            stated = float(stream.duration * stream.time_base)
+        missing = stated - self.end_s
+        if missing > max(SLOPPY_END_S, SLOPPY_END_RATIO * stated):
+            raise RowError(
+                "Truncated",
+                f"{self._path.name}: frames end at {self.end_s:.2f} s of the {stated:.2f} s in the header "
+                f"{self._failure}".rstrip(),
+            )
+
+    def seek(self, seconds: float) -> None:
+        """To the key frame before `seconds`; a file that cannot seek is opened again, from its first frame."""
+        if seconds <= 0:
+            return self._rewind()
+        base = self._stream.time_base or Fraction(1, av.time_base)
+        try:
+            self._container.seek(self._origin + int(seconds / base), stream=self._stream, backward=True)
+        except av.error.FFmpegError:
+            return self._rewind()
+        self._raw = self._decoded()
+        self._index = None
+        self._last_pts = None
+        first = next(self._raw, None)
+        if first is None or first.pts is None or (first.pts - self._origin) * self._time_base(first) > seconds:
+            return self._rewind()  # an index that points past its target
+        self._raw = chain([first], self._raw)
+        return None
+
+    def _rewind(self) -> None:
+        self.close()
+        self._open()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._container.close()
+
+
+def open_container(path: Path) -> InputContainer:
+    """A path -> the open container. Metadata that is not UTF-8 is read without its bad bytes."""
+    return av.open(str(path), metadata_errors="ignore")
+
+
+def first_video_stream(container: InputContainer, path: Path) -> VideoStream:
+    """The stream a player would show. Raises: RowError(NoVideoStream) if there is none, cover art aside."""
+    for stream in container.streams.video:
+        if not int(stream.disposition) & int(av.stream.Disposition.attached_pic):
+            return stream
+    raise RowError("NoVideoStream", f"{path.name} has no video stream")

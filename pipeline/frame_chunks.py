@@ -1,0 +1,62 @@
+"""Training pictures for the vision tokenizer: groups of four frames of a clip, at a fixed square size."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from pipeline.read_frames import read_frames
+from pipeline.tokenize_vision import FRAMES_PER_LATENT, PATCH_PX
+from schemas.errors import RowError
+from schemas.recipe import Config
+
+
+class ChunkConfig(Config):
+    """Size and number of the groups taken from each clip; images give one group of four equal frames."""
+
+    side_px: int = Field(default=256, ge=PATCH_PX, multiple_of=PATCH_PX)
+    fps: float = Field(default=24.0, gt=0)
+    chunks_per_clip: int = Field(default=4, gt=0)
+    timeout_s: float = Field(default=120.0, gt=0)
+    memory_mb: int = Field(default=4096, gt=0)
+
+
+def frame_chunks(item: Mapping[str, Any], config: ChunkConfig) -> npt.NDArray[np.uint8]:
+    """A clip (uri, kind, start_ms, end_ms, width_px, height_px) -> uint8 RGB (N, 4, side, side, 3), spread over the clip.
+
+    Frames are scaled by the short edge and cut to their centre square: a batch needs one size, and padding would change
+    codes. Raises: RowError if the clip is shorter than four frames or cannot be read.
+    """
+    scale = config.side_px / min(item["width_px"], item["height_px"])
+    size = (round(item["width_px"] * scale), round(item["height_px"] * scale))
+    if item["kind"] == "image":
+        frames = read_frames(item["uri"], 0, 0, kind="image", size=size)
+        return np.repeat(_centre(frames, config.side_px)[None], FRAMES_PER_LATENT, axis=1)
+    available = round((item["end_ms"] - item["start_ms"]) * config.fps / 1000) // FRAMES_PER_LATENT
+    if not available:
+        found = f"{item['end_ms'] - item['start_ms']} ms at {config.fps} fps"
+        raise RowError("TooShort", f"{found} is less than {FRAMES_PER_LATENT} frames")
+    chosen = np.unique(np.linspace(0, available - 1, min(available, config.chunks_per_clip)).round().astype(int))
+    starts = [item["start_ms"] + 1000 * FRAMES_PER_LATENT * int(group) / config.fps for group in chosen]
+    times = [start + 1000 * step / config.fps for start in starts for step in range(FRAMES_PER_LATENT)]
+    frames = read_frames(item["uri"], item["start_ms"], item["end_ms"], kind="video", times_ms=times, size=size)
+    return _centre(frames, config.side_px).reshape(len(starts), FRAMES_PER_LATENT, config.side_px, config.side_px, 3)
+
+
+def _centre(frames: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.uint8]:
+    top, left = (frames.shape[1] - side) // 2, (frames.shape[2] - side) // 2
+    return np.ascontiguousarray(frames[:, top : top + side, left : left + side])
+
+
+def contact_thumbnail(frame: npt.NDArray[np.uint8], side_px: int) -> bytes:
+    """One uint8 RGB frame (H, W, 3) -> JPEG bytes of at most `side_px` on its long edge."""
+    scale = side_px / max(frame.shape[:2])
+    size = (max(1, round(frame.shape[1] * scale)), max(1, round(frame.shape[0] * scale)))
+    small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA) if scale < 1 else frame
+    ok, encoded = cv2.imencode(".jpg", small[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
+    if not ok:
+        raise RowError("Thumbnail", f"a frame of {frame.shape} could not be encoded")
+    return encoded.tobytes()

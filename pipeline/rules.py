@@ -1,0 +1,221 @@
+"""Rules: which clips a recipe keeps. Scores are measured once and stored; here, and only here, they become a choice.
+
+A rule is a closed interval over one score. Its bounds are rounded to float32 first, the precision in which scores are
+stored, so that a bound equal to a stored value includes it; a null passes no rule that applies to the clip's kind. There
+is one evaluator, over Arrow columns, because engines disagree about exactly these cases.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field, model_validator
+
+from schemas.recipe import Config
+from schemas.scores import MOTION, RESOLUTION, TECHNICAL, TEXT
+from schemas.table import Table
+
+Kind = Literal["image", "video"]
+NUM_EXAMPLES = 5
+
+
+class Bounds(Config):
+    """The closed interval a score must lie in, and the kinds of clip that are asked."""
+
+    low: float | None = None
+    high: float | None = None
+    kinds: tuple[Kind, ...] = Field(default=("image", "video"), min_length=1)
+
+    @model_validator(mode="after")
+    def _is_a_question(self) -> Self:
+        if self.low is None and self.high is None:
+            raise ValueError("a rule needs low, high or both")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"low {self.low} is above high {self.high}: nothing could pass")
+        if len(set(self.kinds)) != len(self.kinds):
+            raise ValueError(f"kinds {list(self.kinds)} names one twice")
+        return self
+
+
+class VideoBounds(Bounds):
+    """Bounds of a score that images do not have."""
+
+    kinds: tuple[Kind, ...] = Field(default=("video",), min_length=1)
+
+
+class ScorerPins(Config):
+    """Which scorer's rows to read, per family, where a lake holds those of several. Unset: the only one there is."""
+
+    resolution: str | None = None
+    motion: str | None = None
+    text: str | None = None
+    technical: str | None = None
+
+
+class CurateRecipe(Config):
+    """A curated set as data: which kinds, which scorers, and one optional section for each rule, in funnel order."""
+
+    kinds: tuple[Kind, ...] = Field(default=("image", "video"), min_length=1)
+    coverage: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Share of the clips a rule applies to that must have a row in its family; a clip without one passes no rule."""
+    segmentation_id: str | None = None
+    scorers: ScorerPins = ScorerPins()
+
+    resolution: Bounds | None = None
+    aspect: Bounds | None = None
+    duration: VideoBounds | None = None
+    motion: VideoBounds | None = None
+    motion_max: VideoBounds | None = None
+    text: Bounds | None = None
+    text_mean: Bounds | None = None
+    sharpness: Bounds | None = None
+    exposure: Bounds | None = None
+    contrast: Bounds | None = None
+    clipping: Bounds | None = None
+    colour: Bounds | None = None
+    colourfulness: Bounds | None = None
+    letterbox: Bounds | None = None
+
+
+# The score each section asks about.
+SCORES: Mapping[str, tuple[Table, str]] = {
+    "resolution": (RESOLUTION, "short_edge_px"),
+    "aspect": (RESOLUTION, "aspect_ratio"),
+    "duration": (RESOLUTION, "duration_s"),
+    "motion": (MOTION, "motion"),
+    "motion_max": (MOTION, "motion_max"),
+    "text": (TEXT, "text_coverage_max"),
+    "text_mean": (TEXT, "text_coverage_mean"),
+    "sharpness": (TECHNICAL, "sharpness"),
+    "exposure": (TECHNICAL, "luma_mean"),
+    "contrast": (TECHNICAL, "luma_std"),
+    "clipping": (TECHNICAL, "clipped_ratio"),
+    "colour": (TECHNICAL, "monochrome_ratio"),
+    "colourfulness": (TECHNICAL, "colourfulness"),
+    "letterbox": (TECHNICAL, "letterbox_ratio"),
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One question to a clip: is its score inside the bounds?"""
+
+    name: str
+    family: Table
+    column: str
+    low: float | None
+    high: float | None
+    kinds: tuple[Kind, ...]
+
+    def bound(self, value: float | None) -> str:
+        """A rejected value -> the bound it broke, as people write it."""
+        if value is None:
+            return "has no value"
+        below = self.low is not None and value < float32(self.low)
+        return f"< low {self.low:g}" if below else f"> high {self.high:g}"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A clip that a rule rejected, with the value it was rejected for."""
+
+    clip_id: str
+    value: float | None
+    bound: str
+
+
+@dataclass(frozen=True)
+class FunnelStep:
+    """What one rule did to the clips that the rules before it had left."""
+
+    rule: str
+    column: str
+    low: float | None
+    high: float | None
+    kinds: tuple[str, ...]
+    num_in: int
+    num_rejected: int
+    num_left: int
+    examples: tuple[Example, ...]
+
+
+def rules_of(recipe: CurateRecipe) -> list[Rule]:
+    """A recipe -> its rules in funnel order."""
+    rules = []
+    for name, (family, column) in SCORES.items():
+        bounds: Bounds | None = getattr(recipe, name)
+        if bounds is not None:
+            rules.append(Rule(name, family, column, bounds.low, bounds.high, bounds.kinds))
+    return rules
+
+
+def float32(value: float) -> float:
+    """A number -> the nearest one that a score column can hold."""
+    return float(pa.scalar(value, pa.float32()).as_py())
+
+
+def passes(rule: Rule, kind: pa.ChunkedArray, values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Kinds and float32 scores of some clips -> which of them the rule lets through. Never null."""
+    inside = pc.is_valid(values)
+    if rule.low is not None:
+        inside = pc.and_(inside, pc.fill_null(pc.greater_equal(values, pa.scalar(rule.low, pa.float32())), False))
+    if rule.high is not None:
+        inside = pc.and_(inside, pc.fill_null(pc.less_equal(values, pa.scalar(rule.high, pa.float32())), False))
+    applies = pc.is_in(kind, value_set=pa.array(rule.kinds, pa.string()))
+    return pc.or_(pc.invert(applies), inside)
+
+
+def first_rejections(rules: Sequence[Rule], clips: pa.Table) -> pa.ChunkedArray:
+    """Clips with `kind` and one float32 column per rule's column -> index of the first rule that rejects each, or null."""
+    first = pa.chunked_array([pa.nulls(len(clips), pa.int32())])
+    for index, rule in reversed(list(enumerate(rules))):
+        kept = passes(rule, clips["kind"], clips[rule.column])
+        first = pc.if_else(kept, first, pa.scalar(index, pa.int32()))
+    return first
+
+
+def funnel(rules: Sequence[Rule], clips: pa.Table, first: pa.ChunkedArray) -> Iterator[FunnelStep]:
+    """Clips and what `first_rejections` said of them -> a step per rule, in order."""
+    left = len(clips)
+    for index, rule in enumerate(rules):
+        rejected = clips.filter(pc.fill_null(pc.equal(first, index), False)).select(["clip_id", rule.column])
+        yield FunnelStep(
+            rule=rule.name,
+            column=f"{rule.family.name}.{rule.column}",
+            low=rule.low,
+            high=rule.high,
+            kinds=rule.kinds,
+            num_in=left,
+            num_rejected=len(rejected),
+            num_left=left - len(rejected),
+            examples=tuple(_examples(rule, rejected)),
+        )
+        left -= len(rejected)
+
+
+def explain(rules: Sequence[Rule], clips: pa.Table, first: pa.ChunkedArray) -> pa.Table:
+    """Clips and what `first_rejections` said of them -> clip_id, verdict (kept or rejected), rule and value, by clip_id."""
+    names = pa.array([rule.name for rule in rules], pa.string())
+    value = pa.chunked_array([pa.nulls(len(clips), pa.float32())])
+    for index, rule in enumerate(rules):
+        value = pc.if_else(pc.fill_null(pc.equal(first, index), False), clips[rule.column], value)
+    verdict = pc.if_else(pc.is_null(first), "kept", "rejected")
+    said = {"clip_id": clips["clip_id"], "verdict": verdict, "rule": pc.take(names, first), "value": value}
+    return pa.table(said).sort_by("clip_id")
+
+
+def _examples(rule: Rule, rejected: pa.Table) -> Iterator[Example]:
+    """The rejected clips nearest to the bounds: those a person would argue about. Ties and nulls by clip id."""
+    values = rejected[rule.column]
+    beyond = []
+    if rule.low is not None:
+        beyond.append(pc.subtract(pa.scalar(rule.low, pa.float32()), values))
+    if rule.high is not None:
+        beyond.append(pc.subtract(values, pa.scalar(rule.high, pa.float32())))
+    distance = pc.fill_null(pc.max_element_wise(*beyond), float("inf"))
+    ordered = rejected.append_column("distance", distance)
+    ordered = ordered.sort_by([("distance", "ascending"), ("clip_id", "ascending")]).slice(0, NUM_EXAMPLES)
+    for clip_id, value in zip(ordered["clip_id"].to_pylist(), ordered[rule.column].to_pylist(), strict=True):
+        yield Example(clip_id, value, rule.bound(value))

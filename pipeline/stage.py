@@ -1,0 +1,216 @@
+"""A stage on Ray Data: items in, rows of several tables out, committed while the stream runs.
+
+What always holds: every item ends as rows or as one row in `attempts`; a rerun does only what is left; whatever dies
+(worker, driver, node) costs the blocks it was working on and nothing else. Workers write Parquet files and return their
+descriptors; the driver publishes them table by table, the table that marks an item as done last, so a kill in between is
+repaired by the rerun, whose rows are matched by key.
+"""
+
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from schemas.catalog import Lake, WrittenFiles
+from schemas.errors import RowError
+from schemas.runs import ATTEMPTS
+from schemas.table import Table
+
+COMMIT_SECONDS = 10.0
+COMMIT_FILES = 64
+MAX_ATTEMPTS = 3
+
+Rows = Mapping[str, Sequence[Mapping[str, object]]]
+"""Rows by table name."""
+
+
+class Worker(Protocol):
+    """What one worker keeps for its life: models, child processes. Made once per worker by `Stage.make_worker`."""
+
+    def process(self, item: Mapping[str, Any]) -> Rows:
+        """One item -> its rows. Raises: RowError if the item cannot be processed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A declared stage. `tables` are committed in this order; the last one marks items as done."""
+
+    name: str
+    stage_id: str
+    item_key: str
+    tables: tuple[Table, ...]
+    make_worker: Callable[[], Worker]
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    max_block_items: int = 128
+    max_block_cost: int = 64 << 20
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """How a stage ended: items that gave rows, items that failed, rows added per table."""
+
+    num_done: int
+    num_failed: int
+    rows_added: Mapping[str, int]
+    seconds: float
+
+
+def left_to_do(lake: Lake, stage: Stage, items: pa.Table, done: pa.Table, *, retry_failed: bool = False) -> pa.Table:
+    """Items without a row in `done` and without a terminal failure, with the number of their next attempt.
+
+    `done` holds at least the stage's `item_key`. An item that failed three times in ways that may pass is left alone too.
+    """
+    key = stage.item_key
+    todo = items.filter(pc.invert(pc.is_in(items[key], done[key].combine_chunks())))
+    from pyiceberg.expressions import And, EqualTo
+
+    mine = And(EqualTo("stage", stage.name), EqualTo("stage_id", stage.stage_id))
+    failed = lake.read(ATTEMPTS, ["item_id", "attempt", "terminal"], where=mine)
+    last: dict[str, int] = {}
+    given_up: set[str] = set()
+    for row in failed.to_pylist():
+        last[row["item_id"]] = max(row["attempt"], last.get(row["item_id"], 0))
+        if not retry_failed and (row["terminal"] or row["attempt"] >= MAX_ATTEMPTS):
+            given_up.add(row["item_id"])
+    ids = todo[key].to_pylist()
+    todo = todo.append_column("attempt", pa.array([last.get(item, 0) + 1 for item in ids], pa.int32()))
+    return todo.filter(pa.array([item not in given_up for item in ids], pa.bool_())).sort_by(key)
+
+
+def run_stage(
+    lake: Lake,
+    stage: Stage,
+    todo: pa.Table,
+    run_id: str,
+    num_workers: int,
+    on_progress: Callable[[int, int, str], None],
+) -> StageOutcome:
+    """Process `todo` (columns: the item key, `attempt`, optionally `uri` and `cost`, and what the worker reads).
+
+    `num_workers` actors hold one worker each; the caller has made sure that the cluster has room for them.
+    """
+    import ray.data
+
+    started = time.monotonic()
+    if not len(todo):
+        return StageOutcome(0, 0, {}, 0.0)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    dataset = ray.data.from_arrow(list(_blocks(stage, todo, num_workers))).map_batches(
+        _StageActor,
+        fn_constructor_args=(lake, stage, run_id),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=num_workers),
+        num_cpus=stage.num_cpus,
+        num_gpus=stage.num_gpus or None,
+    )
+    committer = _Committer(lake, stage, run_id)
+    on_progress(0, len(todo), "")
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for row in batch.to_pylist():
+            committer.add(row)
+            note = f"{committer.num_failed} failed" if committer.num_failed else ""
+            on_progress(committer.num_done + committer.num_failed, len(todo), note)
+        committer.commit_if_due()
+    committer.commit()
+    return StageOutcome(committer.num_done, committer.num_failed, committer.rows_added, time.monotonic() - started)
+
+
+def _blocks(stage: Stage, todo: pa.Table, num_workers: int) -> Iterator[pa.Table]:
+    """Slices small enough to lose, and numerous enough to keep every worker busy to the end."""
+    most = max(1, min(stage.max_block_items, -(-len(todo) // (4 * num_workers))))
+    costs = todo["cost"].to_pylist() if "cost" in todo.column_names else [0] * len(todo)
+    start, spent = 0, 0
+    for index, cost in enumerate(costs):
+        if index > start and (index - start >= most or spent + cost > stage.max_block_cost):
+            yield todo.slice(start, index - start)
+            start, spent = index, 0
+        spent += cost
+    yield todo.slice(start)
+
+
+class _StageActor:
+    """One Ray actor: a worker, and the writing of what it gives."""
+
+    def __init__(self, lake: Lake, stage: Stage, run_id: str) -> None:
+        self.lake, self.stage, self.run_id = lake, stage, run_id
+        self.worker = stage.make_worker()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        import pickle
+
+        rows: dict[str, list[Mapping[str, object]]] = {table.name: [] for table in (*self.stage.tables, ATTEMPTS)}
+        num_failed = 0
+        for item in batch.to_pylist():
+            try:
+                for name, found in self.worker.process(item).items():
+                    rows[name].extend(found)
+            except RowError as error:
+                num_failed += 1
+                rows[ATTEMPTS.name].append(attempt_row(self.stage, item, error))
+        tables = (*self.stage.tables, ATTEMPTS)
+        written = [self.lake.write_files(table, rows[table.name], self.run_id) for table in tables if rows[table.name]]
+        return pa.table(
+            {
+                "written": pa.array([pickle.dumps(written)], pa.binary()),
+                "num_done": [len(batch) - num_failed],
+                "num_failed": [num_failed],
+            }
+        )
+
+
+def attempt_row(stage: Stage, item: Mapping[str, Any], error: RowError) -> dict[str, object]:
+    """The `attempts` row of an item that failed."""
+    return {
+        "stage": stage.name,
+        "stage_id": stage.stage_id,
+        "item_id": item[stage.item_key],
+        "attempt": item["attempt"],
+        "error_class": error.reason,
+        "message": error.message,
+        "terminal": error.terminal,
+        "uri": item.get("uri"),
+        "host": platform.node(),
+        "written_at": datetime.now(UTC),
+    }
+
+
+class _Committer:
+    """Collects what workers wrote and publishes it every few seconds, completion marks last."""
+
+    def __init__(self, lake: Lake, stage: Stage, run_id: str) -> None:
+        self.lake, self.stage, self.run_id = lake, stage, run_id
+        self.num_done = self.num_failed = 0
+        self.rows_added: dict[str, int] = {}
+        self._pending: list[WrittenFiles] = []
+        self._last = time.monotonic()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        import pickle
+
+        self.num_done += row["num_done"]
+        self.num_failed += row["num_failed"]
+        self._pending += pickle.loads(row["written"])
+
+    def commit_if_due(self) -> None:
+        if len(self._pending) >= COMMIT_FILES or time.monotonic() - self._last >= COMMIT_SECONDS:
+            self.commit()
+
+    def commit(self) -> None:
+        for table in (ATTEMPTS, *self.stage.tables):
+            files = [written for written in self._pending if written.table == table.name]
+            if files:
+                added = self.lake.commit_files(table, files, self.run_id)
+                self.rows_added[table.name] = self.rows_added.get(table.name, 0) + added
+        self._pending = []
+        self._last = time.monotonic()

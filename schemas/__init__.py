@@ -1,0 +1,1 @@
+"""What the data looks like, and nothing about how it is made."""

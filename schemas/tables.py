@@ -1,0 +1,36 @@
+"""Every table of the lake, in the order of the road."""
+
+from schemas.captions import CAPTIONS
+from schemas.checkpoints import CHECKPOINTS
+from schemas.clips import CLIPS, SCANS
+from schemas.curated import CURATED, CURATED_SETS, RECIPES
+from schemas.generations import GENERATIONS, PREFERENCE_PAIRS
+from schemas.media import LOCATIONS, MEDIA
+from schemas.runs import ATTEMPTS, RUNS
+from schemas.scores import FAMILIES
+from schemas.sequences import SEQUENCE_SETS, SEQUENCES
+from schemas.table import Table
+from schemas.texts import TEXTS
+from schemas.vision_tokens import TOKENIZERS, VISION_TOKENS
+
+TABLES: tuple[Table, ...] = (
+    MEDIA,
+    LOCATIONS,
+    TEXTS,
+    CLIPS,
+    SCANS,
+    *FAMILIES,
+    RECIPES,
+    CURATED,
+    CURATED_SETS,
+    CAPTIONS,
+    TOKENIZERS,
+    VISION_TOKENS,
+    SEQUENCES,
+    SEQUENCE_SETS,
+    CHECKPOINTS,
+    GENERATIONS,
+    PREFERENCE_PAIRS,
+    ATTEMPTS,
+    RUNS,
+)

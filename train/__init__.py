@@ -1,0 +1,1 @@
+"""Training with Ray Train: everything that happens once per step."""
