@@ -57,7 +57,7 @@ type: $(STAMP) ## mypy, strict
 	$(PY) -m mypy
 
 docs: $(STAMP) ## docs/tables.md and the frozen print of the tables, from schemas/
-	$(PY) -m docs.tables
+	$(PY) -m jobs.describe_tables
 
 bench: $(STAMP) ## every benchmark, into benchmarks/
 	@for file in benchmarks/bench_*.py; do $(PY) $$file || exit 1; done

@@ -3,7 +3,7 @@
 The id of a set is a hash of the recipe and of the content that was read, so two lakes that hold the same give the same
 id. Publishing takes several commits, in an order that makes a killed run harmless and a repeated one complete it: the
 recipe, the clips, a tag `curated/NAME` on every table involved, and last the row in `curated_sets` that gives the name.
-The tag on `curated` is set first and create-only, so of two runs that race for a name one loses before it has published.
+The tag on `curated` is set first and create-only, so of two runs that race for a name one loses before it publishes.
 """
 
 import json
@@ -11,22 +11,21 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.run import Run, recorded
+from jobs.shipped import load_named
 from pipeline.rules import CurateRecipe, FunnelStep, Rule, explain, first_rejections, funnel, rules_of
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
 from schemas.curated import CURATED, CURATED_SETS, RECIPES
 from schemas.errors import ConfigError, SchemaError
-from schemas.recipe import load_recipe, short_hash
+from schemas.recipe import short_hash
 from schemas.table import Table, content_sha256
 
-RECIPES_FOLDER = Path(__file__).parent / "recipes"
 TAG_PREFIX = "curated/"
 _NAME = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
 
@@ -77,8 +76,7 @@ class _Evaluation:
 
 def load_curate_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> CurateRecipe:
     """The name of a shipped recipe or the path of a TOML file, and `key=value` overrides -> the recipe."""
-    shipped = RECIPES_FOLDER / f"{name_or_path}.toml"
-    return load_recipe(CurateRecipe, shipped if shipped.exists() else Path(name_or_path), overrides)
+    return load_named(CurateRecipe, name_or_path, overrides)
 
 
 def curate(lake: Lake, recipe: CurateRecipe, name: str | None, *, dry_run: bool = False) -> CurateResult:
@@ -128,13 +126,17 @@ def read_set(lake: Lake, name: str) -> pa.Table:
     pins: dict[str, dict[str, Any]] = json.loads(row["pins"])
     for table in (CLIPS, CURATED):
         if lake.uuid(table) != pins[table.name]["uuid"]:
-            raise SchemaError(f"set {name!r} was made from another table {table.name}, which has been dropped and remade")
+            raise SchemaError(
+                f"set {name!r} was made from another table {table.name}, which has been dropped and remade"
+            )
     ids = _members(lake, row["curated_id"], pins[CURATED.name]["snapshot_id"])
     recipes = lake.read_where(RECIPES, "recipe_id", [row["recipe_id"]], ["recipe"])
     segmentation_id = json.loads(recipes["recipe"][0].as_py())["segmentation_id"]
     columns = CLIPS.content_columns
     clips = lake.read(CLIPS, columns, at=pins[CLIPS.name]["snapshot_id"])
-    wanted = pc.and_(pc.equal(clips["segmentation_id"], segmentation_id), pc.is_in(clips["clip_id"], value_set=ids["clip_id"]))
+    wanted = pc.and_(
+        pc.equal(clips["segmentation_id"], segmentation_id), pc.is_in(clips["clip_id"], value_set=ids["clip_id"])
+    )
     clips = clips.filter(wanted).sort_by("clip_id")
     sha256 = content_sha256(clips, ["clip_id"], ["clip_id"])
     if len(clips) != row["num_clips"] or sha256 != row["content_sha256"]:
@@ -168,7 +170,9 @@ def _evaluate(lake: Lake, recipe: CurateRecipe) -> _Evaluation:
     scorers = recipe.scorers.model_copy(update=pins)
     resolved = recipe.model_copy(update={"segmentation_id": clips.pinned[1], "scorers": scorers})
 
-    joined = clips.rows.filter(pc.is_in(clips.rows["kind"], value_set=pa.array(recipe.kinds))).select(["clip_id", "kind"])
+    joined = clips.rows.filter(pc.is_in(clips.rows["kind"], value_set=pa.array(recipe.kinds))).select(
+        ["clip_id", "kind"]
+    )
     missing = {}
     for name, item in scores.items():
         place = pc.index_in(joined["clip_id"], value_set=item.rows["clip_id"])
@@ -226,7 +230,7 @@ def _check_coverage(name: str, item: Input, required: float, place: pa.ChunkedAr
     missing = int(place.null_count)
     if missing > (1.0 - required) * len(place):
         raise ConfigError(
-            f"{name} has no row of scorer {item.pinned[1]} for {missing} of {len(place)} clips, and the recipe requires "
+            f"{name} has no row of scorer {item.pinned[1]} for {missing} of {len(place)} clips, and the recipe wants "
             f"coverage={required:g}. Run `outback scan` to complete the scores, or accept it with --set coverage=..."
         )
     return missing
@@ -239,8 +243,8 @@ def _is_published(lake: Lake, result: CurateResult) -> bool:
     rows = lake.read_where(CURATED_SETS, "name", [str(result.name)], ["name", "curated_id"]).to_pylist()
     if rows and rows[0]["curated_id"] != result.curated_id:
         raise ConfigError(
-            f"the name {result.name!r} was given to the set {rows[0]['curated_id']}, and this recipe over what the lake "
-            f"holds now is {result.curated_id}. Sets never change: choose another name"
+            f"the name {result.name!r} was given to the set {rows[0]['curated_id']}; this recipe over what is here "
+            f"now is {result.curated_id}. Sets never change: choose another name"
         )
     return bool(rows)
 
@@ -269,7 +273,7 @@ def _publish(lake: Lake, result: CurateResult, kept: pa.Table, inputs: Sequence[
 
 
 def _tag_set(lake: Lake, tag: str, result: CurateResult) -> int:
-    """The snapshot of `curated` that the tag names from now on: this one, or an earlier run's that holds the same set."""
+    """The snapshot of `curated` that the tag names from now on: the newest, or one tagged earlier for the same set."""
 
     def holds(snapshot_id: int) -> bool:
         members = _members(lake, result.curated_id, snapshot_id)
@@ -315,7 +319,15 @@ def _shallow(result: CurateResult) -> dict[str, Any]:
 def print_curate(result: CurateResult, as_json: bool) -> None:
     """A result -> the funnel and the set on stdout, for people or as one JSON document."""
     if as_json:
-        print(json.dumps({**_shallow(result), "recipe": result.recipe.model_dump(mode="json"), "funnel": [asdict(step) for step in result.funnel]}))
+        print(
+            json.dumps(
+                {
+                    **_shallow(result),
+                    "recipe": result.recipe.model_dump(mode="json"),
+                    "funnel": [asdict(step) for step in result.funnel],
+                }
+            )
+        )
         return
     print_funnel(result.num_in, result.funnel)
     for family, count in result.missing.items():
@@ -329,13 +341,17 @@ def print_curate(result: CurateResult, as_json: bool) -> None:
 
 
 def print_funnel(num_in: int, steps: Sequence[FunnelStep]) -> None:
-    """A funnel -> one line per rule with what it rejected, and the clips nearest to its bounds. Plain text: no imports."""
+    """A funnel -> one line per rule with what it rejected, and the clips nearest to its bounds. Plain and quick."""
     width = max([len(step.rule) for step in steps], default=5)
     print(f"{'rule':{width}}  {'bounds':>22}  {'in':>9}  {'rejected':>9}  {'left':>9}")
     print(f"{'clips':{width}}  {'':>22}  {'':>9}  {'':>9}  {num_in:>9}")
     for step in steps:
-        bounds = f"{'' if step.low is None else f'{step.low:g} <='} x {'' if step.high is None else f'<= {step.high:g}'}"
-        print(f"{step.rule:{width}}  {bounds.strip():>22}  {step.num_in:>9}  {step.num_rejected:>9}  {step.num_left:>9}")
+        bounds = (
+            f"{'' if step.low is None else f'{step.low:g} <='} x {'' if step.high is None else f'<= {step.high:g}'}"
+        )
+        print(
+            f"{step.rule:{width}}  {bounds.strip():>22}  {step.num_in:>9}  {step.num_rejected:>9}  {step.num_left:>9}"
+        )
         for example in step.examples:
             value = "null" if example.value is None else f"{example.value:.6g}"
             print(f"{'':{width}}    {example.clip_id}  {value} {example.bound}")

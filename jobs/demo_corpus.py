@@ -22,6 +22,7 @@ from typing import Literal
 import av
 import cv2
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import skimage.data
@@ -48,10 +49,14 @@ PHOTOS: dict[str, tuple[str, str, str]] = {
     "rocket": ("rocket.jpg", "a rocket on its launch pad at dusk", "public domain (SpaceX)"),
     "retina": ("retina.jpg", "the back of an eye with its blood vessels", CC0),
 }
+FADING_PHOTOS = ("cat", "coffee", "astronaut")  # bright, and of no colour strong enough to outlast the fade
 GREY_PHOTOS: dict[str, tuple[str, str, str]] = {
     "photographer": ("camera.png", "a man with a camera on a tripod, in black and white", CC0),
     "bricks": ("brick.png", "a wall of bricks, in black and white", CC0),
 }
+
+
+RuleName = Literal["resolution", "duration", "motion", "text", "sharpness", "exposure", "colour", "letterbox"]
 
 
 class CorpusConfig(Config):
@@ -88,7 +93,7 @@ class FileTruth(Config):
     kind: Literal["image", "video", "text"]
     what: str
     outcome: Literal["kept", "rejected", "failed"]
-    rule: Literal["resolution", "duration", "motion", "text", "sharpness", "exposure", "colour", "letterbox"] | None = None
+    rule: RuleName | None = None
     stage: Literal["ingest", "scan"] | None = None
     reason: str | None = None
     caption: str | None = None
@@ -240,7 +245,10 @@ class Shot:
 
 @dataclass(frozen=True)
 class Fade:
-    """A fade-out over the last `frames` of a shot, `dark` black frames, and a fade-in over the first of the next."""
+    """A fade-out over the last `frames` of a shot, `dark` black frames, and a fade-in over the first of the next.
+
+    Colour leaves before light does: the hue of nearly black pixels jumps about, and ContentDetector would see cuts.
+    """
 
     frames: int
     dark: int
@@ -252,7 +260,7 @@ def _plan_photos(seed: int, config: CorpusConfig) -> Iterator[PlannedFile]:
         truth = _truth(f"photos/{name}{suffix}", "image", "photograph")
         yield from _with_sidecar(truth, partial(_still, name, suffix), name, as_json=index % 3 == 0)
     rng = np.random.default_rng([seed, 0xF070])
-    names = itertools.cycle(str(name) for name in rng.permutation(list(PHOTOS)))
+    names: Iterator[str] = itertools.cycle(str(name) for name in rng.permutation(list(PHOTOS)))
 
     def shot(num_frames: int, zooms: bool = False) -> Shot:
         return Shot(next(names), num_frames, int(rng.integers(2**31)), zooms)
@@ -268,9 +276,10 @@ def _plan_photos(seed: int, config: CorpusConfig) -> Iterator[PlannedFile]:
         path = f"photos/cut_{index:02d}.mp4"
         truth = _truth(path, "video", "hard cuts", num_frames=end, fps=PHOTO_FPS, cut_frames=tuple(cuts))
         yield PlannedFile(path, partial(_shots_video, takes), truth)
+    names = itertools.cycle(str(name) for name in rng.permutation(FADING_PHOTOS))
     for index in range(config.num_fade_videos):
-        takes = (shot(int(rng.integers(52, 65))), shot(int(rng.integers(52, 65))))
-        fade = Fade(frames=24, dark=int(rng.integers(6, 11)))
+        takes = (shot(int(rng.integers(60, 73))), shot(int(rng.integers(60, 73))))
+        fade = Fade(frames=30, dark=int(rng.integers(6, 11)))
         path = f"photos/fade_{index:02d}.mp4"
         end = sum(take.num_frames for take in takes) + fade.dark
         fades = (FadeTruth(frame=_dark_middle(_render_shots(takes, fade))),)
@@ -352,10 +361,20 @@ def _render_shots(shots: Sequence[Shot], fade: Fade | None) -> shapes.Pixels:
     takes = [_render_shot(shot) for shot in shots]
     if fade is None:
         return np.concatenate(takes)
-    gain = np.linspace(1.0, 0.0, fade.frames + 2)[1:-1, None, None, None]
-    takes[0][-fade.frames :] = np.rint(takes[0][-fade.frames :] * gain)
-    takes[1][: fade.frames] = np.rint(takes[1][: fade.frames] * gain[::-1])
+    light = np.linspace(1.0, 0.0, fade.frames + 1)[1:]
+    takes[0][-fade.frames :] = _faded(takes[0][-fade.frames :], light)
+    takes[1][: fade.frames] = _faded(takes[1][: fade.frames], light[::-1])
     return np.concatenate([takes[0], np.zeros((fade.dark, *takes[0].shape[1:]), np.uint8), takes[1]])
+
+
+def _faded(frames: shapes.Pixels, light: npt.NDArray[np.float64]) -> shapes.Pixels:
+    """Frames (T, H, W, 3) and per frame how much light is left, 0 to 1 -> the frames in that light."""
+    faded = np.empty_like(frames)
+    for index, gain in enumerate(light):
+        frame = frames[index].astype(np.float32)
+        grey = frame.mean(axis=2, keepdims=True)
+        faded[index] = np.rint(gain * (grey + max(0.0, 1.5 * gain - 0.5) * (frame - grey)))
+    return faded
 
 
 def _dark_middle(frames: shapes.Pixels) -> int:
@@ -395,9 +414,11 @@ def _plan_failures(video: Callable[[], bytes], noise_seed: int) -> Iterator[Plan
     def junk(size: int) -> bytes:
         return np.random.default_rng(noise_seed).bytes(size)
 
-    def garbled() -> bytes:
+    def garbled(share_kept: float) -> bytes:
+        """Header and index stay sound; the packets are random bytes after a share of them."""
         data = video()
         start, end = data.index(b"mdat") + 4, data.index(b"moov") - 4
+        start += round(share_kept * (end - start))
         return data[:start] + junk(end - start) + data[end:]
 
     def half(data: bytes) -> bytes:
@@ -407,11 +428,11 @@ def _plan_failures(video: Callable[[], bytes], noise_seed: int) -> Iterator[Plan
     yield failing("video_named.png", "a video named as an image", "WrongExtension", video)
     yield failing("text_named.jpg", "text named as an image", "WrongExtension", partial(_utf8, "This is no picture."))
     yield failing("empty.mp4", "an empty file", "Empty", bytes)
-    yield failing("random_bytes.png", "random bytes", "Unreadable", lambda: junk(4096))
-    yield failing("no_index.mp4", "a video without its index", "Truncated", lambda: video().partition(b"moov")[0][:-4])
+    yield failing("no_index.mp4", "a video without its index", "Unreadable", lambda: video().partition(b"moov")[0][:-4])
+    yield failing("garbage.mp4", "a sound header before packets of garbage", "Unreadable", lambda: garbled(0.0))
     yield failing("half.jpg", "half of an image", "Truncated", lambda: half(_still("cat", ".jpg")))
     yield failing("half.png", "half of an image", "Truncated", lambda: half(_still("rocket", ".png")))
-    yield failing("garbage.mp4", "a sound header before packets of garbage", "DecodeFailed", garbled, stage="scan")
+    yield failing("half.mp4", "a video that turns into garbage", "Truncated", lambda: garbled(0.5), stage="scan")
 
 
 def _plan_refused_images() -> Iterator[PlannedFile]:
@@ -441,7 +462,10 @@ def _plan_refused_videos(noise_seed: int) -> Iterator[PlannedFile]:
     yield refused("frozen.mp4", "a photograph that never moves", "motion", 12, lambda: np.stack([_cropped("cat")] * 24))
     yield refused("noise.mp4", "nothing but noise", "motion", 12, lambda: _noise(noise_seed, 24))
     yield refused("scrolling.mp4", "text scrolling by", "text", 12, lambda: _scrolling_text(24))
-    yield refused("bars.mp4", "a video between black bars", "letterbox", 24, lambda: _barred(_render_shot(Shot("cat", 48, 3))))
+    def barred() -> shapes.Pixels:
+        return _barred(_render_shot(Shot("cat", 48, 3)))
+
+    yield refused("bars.mp4", "a video between black bars", "letterbox", 24, barred)
 
 
 def _call(make: Callable[[], shapes.Pixels], encode: Callable[[shapes.Pixels], bytes]) -> bytes:
@@ -453,7 +477,7 @@ def _levels(image: shapes.Pixels, gain: float, offset: float) -> shapes.Pixels:
 
 
 def _blurred(image: shapes.Pixels) -> shapes.Pixels:
-    return np.asarray(cv2.GaussianBlur(image, (0, 0), 14), np.uint8)
+    return cv2.GaussianBlur(image, (0, 0), 14).astype(np.uint8)
 
 
 def _barred(frames: shapes.Pixels) -> shapes.Pixels:

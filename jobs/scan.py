@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from jobs.cluster import ensure_ray, num_cpus
 from jobs.progress import progress
@@ -34,7 +36,7 @@ class ScanWorker:
 
     def __init__(self, config: ScanConfig) -> None:
         self.config = config
-        self.sandbox = Sandbox(config.timeout_s, config.memory_mb)
+        self.sandbox = Sandbox(config.limits.timeout_s, config.limits.memory_mb)
 
     def process(self, item: Mapping[str, Any]) -> Rows:
         """One medium -> rows of `clips`, every score family and `scans`."""
@@ -59,7 +61,7 @@ def scan(lake: Lake, config: ScanConfig, *, retry_failed: bool = False) -> ScanR
     stage = scan_stage(config)
     media = lake.read(MEDIA, ["media_id", "kind", "num_bytes"])
     done = lake.read(SCANS, ["media_id", "scan_id"])
-    done = done.filter(pa.compute.equal(done["scan_id"], config.scan_id))
+    done = done.filter(pc.equal(done["scan_id"], config.scan_id))
     todo = left_to_do(lake, stage, media, done, retry_failed=retry_failed)
     if not len(todo):
         return ScanReport(config.scan_id, len(media), None)
@@ -85,21 +87,19 @@ def _with_places(lake: Lake, todo: pa.Table) -> pa.Table:
     return todo.append_column("cost", todo["num_bytes"])
 
 
-def _same_bytes(item: Mapping[str, Any]) -> str:
+def _same_bytes(item: Mapping[str, Any]) -> Path:
     """The first place that still holds a file of the ingested size.
 
     Raises: RowError if there is none; not terminal, because a store may be back tomorrow.
     """
-    import os
-
     seen = []
     for uri in item["uris"]:
         try:
-            size = os.stat(uri).st_size
+            size = Path(uri).stat().st_size
         except OSError as error:
             seen.append(f"{uri}: {error.strerror}")
             continue
         if size == item["num_bytes"]:
-            return str(uri)
+            return Path(uri)
         seen.append(f"{uri}: {size} bytes, ingested with {item['num_bytes']}")
     raise RowError("Moved", f"no place of {item['media_id']} holds it any more: {'; '.join(seen)}", terminal=False)

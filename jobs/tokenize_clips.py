@@ -18,7 +18,7 @@ from pipeline.tokenize_vision import Encode, Frames, Preparation, TokenizeWorker
 from schemas.catalog import Lake
 from schemas.checkpoints import CHECKPOINTS
 from schemas.errors import ConfigError
-from schemas.media import LOCATIONS, MEDIA
+from schemas.media import LOCATIONS
 from schemas.recipe import Config, canonical_json, short_hash
 from schemas.vision_tokens import TOKENIZERS, VISION_TOKENS
 
@@ -61,18 +61,15 @@ class LoadEncoder:
             with torch.inference_mode():
                 if len(frames) == 1:
                     return np.asarray(tokenizer.encode(pixels).numpy())
-                # Groups of four frames are encoded apart: what the published weights need (specified by the authors' demo).
-                groups = pixels.unflatten(0, (-1, 4))
-                return np.asarray(tokenizer.encode(groups).squeeze(1).numpy())
+                return np.asarray(tokenizer.encode_chunks(pixels.unsqueeze(0))[0].numpy())
 
         return encode
 
 
 def clip_items(lake: Lake, set_name: str) -> pa.Table:
-    """The clips of a set with what a reader of their frames needs: place and shown size of their medium."""
+    """The clips of a set with a place of their medium, as `uri`."""
     clips = read_set(lake, set_name).select(["clip_id", "media_id", "kind", "start_ms", "end_ms"])
     media = sorted(set(clips["media_id"].to_pylist()))
-    sizes = {row["media_id"]: row for row in lake.read_where(MEDIA, "media_id", media).to_pylist()}
     places: dict[str, str] = {}
     for row in lake.read_where(LOCATIONS, "media_id", media, ["media_id", "uri"]).sort_by("uri").to_pylist():
         # The first name that still leads somewhere; if none does, the first, so that the failure names it.
@@ -80,8 +77,6 @@ def clip_items(lake: Lake, set_name: str) -> pa.Table:
             places[row["media_id"]] = row["uri"]
     ids = clips["media_id"].to_pylist()
     clips = clips.append_column("uri", pa.array([places[item] for item in ids], pa.string()))
-    for name in ("width_px", "height_px"):
-        clips = clips.append_column(name, pa.array([sizes[item][name] for item in ids], pa.int32()))
     return clips.sort_by("clip_id")
 
 

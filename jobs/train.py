@@ -4,27 +4,222 @@ A training is identified by its recipe and the content of its data. The same tra
 found again when it is finished; its checkpoint is a row that names the data.
 """
 
+import hashlib
 import json
-import os
-from collections.abc import Callable, Sequence
+import platform
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from jobs.curate import read_set
+from jobs.cluster import ensure_ray, num_cpus
+from jobs.curate import set_row
 from jobs.pack import materialise, sequence_set, text_tokenizer_from_json
 from jobs.progress import Advance, progress
-from jobs.run import Run, recorded
+from jobs.run import recorded
+from jobs.shipped import load_named
 from jobs.tokenize_clips import clip_items
 from pipeline.frame_chunks import ChunkConfig, frame_chunks
 from pipeline.sandbox import Sandbox
 from schemas.catalog import Lake
 from schemas.checkpoints import CHECKPOINTS
-from schemas.columns import CLIP_ID
-from schemas.curated import CURATED_SETS
 from schemas.errors import ConfigError, RowError
 from schemas.recipe import Config, short_hash
 from schemas.runs import ATTEMPTS
+from schemas.vocabulary import Vocabulary
+from train.batches import FrameData, SequenceData, write_frame_file
+from train.pretrain import PretrainConfig, pretrain
+from train.progress import Progress, TrainingResult
+from train.vision_tokenizer import TokenizerTrainingConfig, train_vision_tokenizer
+
+Chunks = npt.NDArray[np.uint8]
+
+
+class TrainRecipe(Config):
+    """What to train. Exactly the section that the objective names is given."""
+
+    objective: Literal["vision_tokenizer", "pretrain"]
+    frames: ChunkConfig | None = None
+    vision_tokenizer: TokenizerTrainingConfig | None = None
+    pretrain: PretrainConfig | None = None
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """A finished training: its checkpoint, and whether it had been finished before."""
+
+    objective: str
+    checkpoint_id: str
+    step: int
+    folder: Path
+    losses: list[dict[str, float]]
+    already_there: bool
+
+
+def load_training_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> TrainRecipe:
+    """A training recipe by name or path. Raises: ConfigError if its sections do not fit its objective."""
+    recipe = load_named(TrainRecipe, name_or_path, overrides)
+    needed = {"vision_tokenizer": {"frames", "vision_tokenizer"}, "pretrain": {"pretrain"}}[recipe.objective]
+    given = {name for name in ("frames", "vision_tokenizer", "pretrain") if getattr(recipe, name) is not None}
+    if needed != given:
+        raise ConfigError(f"recipe {name_or_path}: objective {recipe.objective!r} needs {sorted(needed)}, found {sorted(given)}")
+    return recipe
+
+
+def train(lake: Lake, recipe: TrainRecipe, data_name: str) -> TrainReport:
+    """Train on a named set, resuming what was begun; a finished training is found, not repeated."""
+    if recipe.objective == "vision_tokenizer":
+        return _train_vision_tokenizer(lake, recipe, data_name)
+    return _pretrain(lake, recipe, data_name)
+
+
+def _train_vision_tokenizer(lake: Lake, recipe: TrainRecipe, set_name: str) -> TrainReport:
+    assert recipe.frames is not None and recipe.vision_tokenizer is not None
+    config, chunks = recipe.vision_tokenizer, recipe.frames
+    curated = set_row(lake, set_name)
+
+    def start(training_id: str, advance: Advance, run_id: str) -> TrainingResult:
+        data = _frame_data(lake, set_name, curated, chunks, run_id, advance)
+        return train_vision_tokenizer(config, data, _storage(lake, training_id), on_progress=_advance(advance))
+
+    shape = chunks.model_dump(include={"side_px", "fps", "chunks_per_clip"}, mode="json")
+    return _run(lake, recipe, [config.model_dump(mode="json", exclude={"execution"}), shape], curated["curated_id"],
+                curated["content_sha256"], start)  # fmt: skip
+
+
+def _pretrain(lake: Lake, recipe: TrainRecipe, name: str) -> TrainReport:
+    assert recipe.pretrain is not None
+    config = recipe.pretrain
+    row = sequence_set(lake, name)
+
+    def start(training_id: str, advance: Advance, run_id: str) -> TrainingResult:
+        data = SequenceData(
+            path=materialise(lake, name),
+            data_id=str(row["seqset_id"]),
+            sha256=str(row["content_sha256"]),
+            vocabulary=Vocabulary.from_json(str(row["vocabulary"])),
+            text=text_tokenizer_from_json(str(row["text_tokenizer"])),
+            context_len=int(str(row["context_len"])),
+        )
+        return pretrain(config, data, _storage(lake, training_id), on_progress=_advance(advance))
+
+    options = [config.model_dump(mode="json", exclude={"execution"})]
+    return _run(lake, recipe, options, str(row["seqset_id"]), str(row["content_sha256"]), start)
+
+
+def _run(
+    lake: Lake,
+    recipe: TrainRecipe,
+    options: list[Any],
+    data_id: str,
+    data_sha256: str,
+    start: Callable[[str, Advance, str], TrainingResult],
+) -> TrainReport:
+    """Find the finished training, or run it and register its checkpoint."""
+    training_id = short_hash([recipe.objective, options, data_id, data_sha256])
+    rows = lake.read_where(CHECKPOINTS, "training_id", [training_id]).to_pylist()
+    if rows:
+        row = rows[0]
+        folder = Path(row["uri"])
+        if not folder.exists():
+            raise ConfigError(f"checkpoint {row['checkpoint_id']} is registered at {folder}, and that folder is gone")
+        losses = json.loads(row["losses"])
+        return TrainReport(recipe.objective, row["checkpoint_id"], row["step"], folder, losses, True)
+    inputs = {"data_id": data_id, "data_sha256": data_sha256, "training_id": training_id}
+    with recorded(lake, "train", recipe, inputs) as run, progress(f"train {recipe.objective}") as advance:
+        ensure_ray()
+        result = start(training_id, advance, run.run_id)
+        checkpoint_id = result.checkpoint_digest[:16]
+        row = {
+            "checkpoint_id": checkpoint_id,
+            "objective": recipe.objective,
+            "training_id": training_id,
+            "recipe": recipe.canonical_json(),
+            "data_id": data_id,
+            "data_sha256": data_sha256,
+            "step": result.step,
+            "losses": json.dumps(result.losses),
+            "uri": str(result.folder),
+        }
+        lake.append(CHECKPOINTS, [row], run.run_id)
+        run.outcome |= {"checkpoint_id": checkpoint_id, "step": result.step, "resumed_from": result.resumed_from_step}
+    return TrainReport(recipe.objective, checkpoint_id, result.step, result.folder, result.losses, False)
+
+
+def _storage(lake: Lake, training_id: str) -> Path:
+    return lake.folder / "checkpoints" / training_id
+
+
+def _advance(advance: Advance) -> Callable[[Progress], None]:
+    return lambda said: advance(said.step, said.steps, f"loss {said.loss:.4f}")
+
+
+def _frame_data(
+    lake: Lake, set_name: str, curated: dict[str, Any], config: ChunkConfig, run_id: str, advance: Advance
+) -> FrameData:
+    """The set's training pictures as one memory-mappable file in the lake's cache, read from the originals once."""
+    shape = config.model_dump(include={"side_px", "fps", "chunks_per_clip"}, mode="json")
+    data_id = short_hash([curated["curated_id"], shape])
+    path = lake.folder / "cache" / f"frames-{data_id}.npy"
+    data = FrameData(path, str(curated["curated_id"]), hashlib.sha256(f"{curated['content_sha256']}{data_id}".encode()).hexdigest())
+    if path.exists():
+        return data
+    path.parent.mkdir(parents=True, exist_ok=True)
+    items = clip_items(lake, set_name).to_pylist()
+    found: list[Chunks] = []
+    failures: list[dict[str, object]] = []
+    for index, (item, result) in enumerate(_read_all(items, config)):
+        if isinstance(result, RowError):
+            failures.append(_attempt(item, result, data_id))
+        else:
+            found.append(result)
+        advance(index + 1, len(items), "clips read")
+    lake.append(ATTEMPTS, failures, run_id)
+    if not found:
+        raise ConfigError(f"none of the {len(items)} clips of {set_name!r} gave frames; see `outback show attempts`")
+    chunks = np.concatenate(found)
+    write_frame_file(path, chunks, len(chunks), (config.side_px, config.side_px))
+    return data
+
+
+def _read_all(items: list[dict[str, Any]], config: ChunkConfig) -> Iterator[tuple[dict[str, Any], Chunks | RowError]]:
+    """Every clip's chunks or its error, in order, by as many child processes as there are CPUs."""
+    workers = num_cpus()
+    idle: SimpleQueue[Sandbox] = SimpleQueue()
+    for _ in range(workers):
+        idle.put(Sandbox(config.timeout_s, config.memory_mb))
+
+    def read(item: dict[str, Any]) -> Chunks | RowError:
+        sandbox = idle.get()
+        try:
+            return sandbox.run(frame_chunks, item, config)
+        except RowError as error:
+            return error
+        finally:
+            idle.put(sandbox)
+
+    with ThreadPoolExecutor(workers) as pool:
+        yield from zip(items, pool.map(read, items), strict=True)
+    while not idle.empty():
+        idle.get().close()
+
+
+def _attempt(item: dict[str, Any], error: RowError, data_id: str) -> dict[str, object]:
+    return {
+        "stage": "train_frames",
+        "stage_id": data_id,
+        "item_id": item["clip_id"],
+        "attempt": 1,
+        "error_class": error.reason,
+        "message": error.message,
+        "terminal": error.terminal,
+        "uri": item["uri"],
+        "host": platform.node(),
+        "written_at": datetime.now(UTC),
+    }

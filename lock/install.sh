@@ -26,7 +26,7 @@ make_venv() {
     "$python" -m venv "$venv"
   elif "$python" -m pip --version >/dev/null 2>&1; then  # some distributions ship pip but not ensurepip
     "$python" -m venv --without-pip "$venv"
-    "$python" -m pip --python "$venv/bin/python" install --quiet pip
+    "$python" -m pip --python "$venv/bin/python" install -qq pip
   elif command -v uv >/dev/null; then
     uv venv --quiet --seed --python "$python" "$venv"
   else
@@ -40,15 +40,18 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$mark" ] || ! "$venv/bin/python" -c '' 2>
 fi
 rm -f "$stamp"
 
+# Company networks sign traffic with a certificate that only the system knows.
+export UV_SYSTEM_CERTS=${UV_SYSTEM_CERTS:-true}
+
 python=$venv/bin/python
 echo "installing $lock into $venv" >&2
 # uv takes half a minute where pip takes several. pip follows indexes that only pip.conf knows, so it is the way out.
-if ! { "$python" -m pip install --quiet --require-hashes -r lock/installer.lock \
+if ! { "$python" -m pip install -qq --require-hashes -r lock/installer.lock \
   && VIRTUAL_ENV="$PWD/$venv" "$venv/bin/uv" pip sync --quiet --require-hashes "$lock"; }; then
   echo "uv could not install the lock; trying pip, which takes minutes" >&2
-  "$python" -m pip install --quiet --no-compile --no-deps --require-hashes -r "$lock"
+  "$python" -m pip install -qq --no-compile --no-deps --require-hashes -r "$lock"
 fi
-"$python" -m pip install --quiet --no-deps --no-build-isolation --no-index -e .
+"$python" -m pip install -qq --no-deps --no-build-isolation --no-index -e .
 
 # Compiling everything takes minutes; these are what every command imports first. The rest is cached as it is imported.
 site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

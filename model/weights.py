@@ -1,4 +1,4 @@
-"""Networks as folders: `model.safetensors` and `config.json`, and with a language model its vocabulary and text tokenizer.
+"""Networks as folders: `model.safetensors`, `config.json`, and a language model's vocabulary and text tokenizer.
 
 Loading is strict: a missing, extra or misshapen tensor is an error that names it. The same weights give the same bytes.
 """

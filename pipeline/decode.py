@@ -32,8 +32,7 @@ class Frame:
     """One frame of a video: its place, its time, and its picture on demand.
 
     `pts` counts `time_base` units from the first frame of the video. `index` counts frames in presentation order and is
-    None after a seek, where it cannot be known. `bgr` is called while the frame is the newest one: some decoders reuse
-    their buffer. Pictures nobody asks for are never converted.
+    None after a seek, where it cannot be known. Pictures nobody asks for are not converted.
     """
 
     __slots__ = ("_convert", "index", "pts", "time_base")

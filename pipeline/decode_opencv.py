@@ -58,7 +58,8 @@ class OpencvReader(VideoReader):
                 step = stated - last
             last = pts
             self.end_s = float((pts + step) * MICROSECOND)
-            yield Frame(self._index, pts, MICROSECOND, self._bgr)
+            image = self._retrieve()  # at once: the next grab overwrites it
+            yield Frame(self._index, pts, MICROSECOND, lambda image=image: image)  # type: ignore[misc]  # default binds the loop variable
             if self._index is not None:
                 self._index += 1
 
@@ -68,7 +69,7 @@ class OpencvReader(VideoReader):
             return True
         return any(self._capture.grab() for _ in range(MAX_CONSECUTIVE_FAILURES))
 
-    def _bgr(self) -> Image:
+    def _retrieve(self) -> Image:
         ok, image = self._capture.retrieve()
         if not ok:
             raise RowError("DecodeFailed", f"{self._path.name}: a frame was grabbed but cannot be retrieved")

@@ -56,8 +56,12 @@ class PyavReader(VideoReader):
         self._last_pts: int | None = None
 
     def _nominal_fps(self) -> Fraction:
-        rate = self._stream.guessed_rate or self._stream.average_rate
-        return Fraction(rate.numerator, rate.denominator) if rate else FALLBACK_FPS
+        """The average rate of the header, or the clock of a stream that states none: what OpenCV says too."""
+        rate = self._stream.average_rate
+        if rate:
+            return Fraction(rate.numerator, rate.denominator)
+        base = self._stream.time_base
+        return Fraction(base.denominator, base.numerator) if base else FALLBACK_FPS
 
     def _decoded(self) -> Iterator[VideoFrame]:
         """Frames of every packet that decodes. Broken packets are left out until too many come in a row."""
@@ -114,7 +118,11 @@ class PyavReader(VideoReader):
     _step = 0
 
     def _duration(self, raw: VideoFrame, time_base: Fraction) -> int:
-        return raw.duration or self._step or max(1, round(1 / (self.fps * time_base)))
+        """How long a frame is shown. Some containers state the clock's tick: less than half a step is no duration."""
+        stated = raw.duration or 0
+        if stated > 0 and 2 * stated >= self._step:
+            return stated
+        return self._step or max(1, round(1 / (self.fps * time_base)))
 
     def _bgr(self, raw: VideoFrame) -> Image:
         """Bicubic chroma, as OpenCV converts, so that scene cuts equal those of PySceneDetect on OpenCV; HDR is toned

@@ -56,10 +56,10 @@ class Step:
     is faded out, or was until this frame, so that a fade may later cut anywhere since.
     """
 
-    starts_clip: bool
-    late_cuts: tuple[int, ...]
-    candidate: bool
-    dark: bool
+    starts_clip: bool = False
+    late_cuts: tuple[int, ...] = ()
+    candidate: bool = False
+    dark: bool = False
 
 
 class SceneCutter:
@@ -100,7 +100,7 @@ class SceneCutter:
         size = (image.shape[1], image.shape[0])
         self._size = self._size or size
         if size != self._size:
-            return Step(starts_clip=False, late_cuts=(), candidate=False, dark=False)
+            return Step()
         position = FrameTimecode(Timecode(pts, time_base), fps=self._fps)
         small = analysed(image)
         was_dark = self._fade.last_fade["type"] == "out"

@@ -1,6 +1,7 @@
 """Training pictures for the vision tokenizer: groups of four frames of a clip, at a fixed square size."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -25,25 +26,29 @@ class ChunkConfig(Config):
 
 
 def frame_chunks(item: Mapping[str, Any], config: ChunkConfig) -> npt.NDArray[np.uint8]:
-    """A clip (uri, kind, start_ms, end_ms, width_px, height_px) -> uint8 RGB (N, 4, side, side, 3), spread over the clip.
+    """A clip (uri, kind, start_ms, end_ms) -> uint8 RGB (N, 4, side, side, 3), spread over the clip.
 
     Frames are scaled by the short edge and cut to their centre square: a batch needs one size, and padding would change
-    codes. Raises: RowError if the clip is shorter than four frames or cannot be read.
+    codes.
+
+    Raises: RowError if the clip is shorter than four frames or cannot be read.
     """
-    scale = config.side_px / min(item["width_px"], item["height_px"])
-    size = (round(item["width_px"] * scale), round(item["height_px"] * scale))
+    path, start_ms = Path(item["uri"]), item["start_ms"]
+
+    def size(height_px: int, width_px: int) -> tuple[int, int]:
+        scale = config.side_px / min(height_px, width_px)
+        return round(height_px * scale), round(width_px * scale)
+
     if item["kind"] == "image":
-        frames = read_frames(item["uri"], 0, 0, kind="image", size=size)
-        return np.repeat(_centre(frames, config.side_px)[None], FRAMES_PER_LATENT, axis=1)
-    available = round((item["end_ms"] - item["start_ms"]) * config.fps / 1000) // FRAMES_PER_LATENT
+        frames = _centre(read_frames(path, 0, 0, size=size), config.side_px)
+        return np.repeat(frames[None], FRAMES_PER_LATENT, axis=1)
+    frames = _centre(read_frames(path, start_ms, item["end_ms"], fps=config.fps, size=size), config.side_px)
+    available = len(frames) // FRAMES_PER_LATENT
     if not available:
-        found = f"{item['end_ms'] - item['start_ms']} ms at {config.fps} fps"
-        raise RowError("TooShort", f"{found} is less than {FRAMES_PER_LATENT} frames")
+        raise RowError("TooShort", f"{len(frames)} frames at {config.fps} fps; a chunk has {FRAMES_PER_LATENT}")
+    groups = frames[: available * FRAMES_PER_LATENT].reshape(available, FRAMES_PER_LATENT, *frames.shape[1:])
     chosen = np.unique(np.linspace(0, available - 1, min(available, config.chunks_per_clip)).round().astype(int))
-    starts = [item["start_ms"] + 1000 * FRAMES_PER_LATENT * int(group) / config.fps for group in chosen]
-    times = [start + 1000 * step / config.fps for start in starts for step in range(FRAMES_PER_LATENT)]
-    frames = read_frames(item["uri"], item["start_ms"], item["end_ms"], kind="video", times_ms=times, size=size)
-    return _centre(frames, config.side_px).reshape(len(starts), FRAMES_PER_LATENT, config.side_px, config.side_px, 3)
+    return np.ascontiguousarray(groups[chosen])
 
 
 def _centre(frames: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.uint8]:

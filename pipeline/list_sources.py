@@ -1,19 +1,22 @@
 """What a user offers: every file below the sources, told apart, and what manifests and sidecars say of the media.
 
-Nothing is opened but manifests and sidecars, and nothing goes missing: each file offered is a medium to be probed, a
-text file, a sidecar, a manifest, or refused with a reason; so is each manifest row that names no file.
+Nothing is opened but manifests and sidecars, and nothing goes missing: each file offered is a text file, a sidecar, a
+manifest, refused with a reason, or else taken for a medium until it is probed, since only its content can tell; each
+manifest row names one of these or is refused. A manifest is read as one wherever it lies, in a folder too.
 """
 
+import errno
 import glob
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from pipeline.probe_media import named_kind
 from pipeline.read_rows import ROW_SUFFIXES, columns_of, read_rows
 from pipeline.read_texts import LICENCE_COLUMNS, text_column
 from schemas.errors import ConfigError, RowError
@@ -21,25 +24,6 @@ from schemas.errors import ConfigError, RowError
 PATH_COLUMNS = ("path", "uri", "file", "image", "video")
 CAPTION_COLUMNS = ("caption", "text")
 SOURCE_COLUMNS = ("source",)
-VIDEO_SUFFIXES = frozenset(
-    ".mp4 .m4v .mov .mkv .webm .avi .flv .ts .m2ts .mts .mpg .mpeg .wmv .3gp .3g2 .ogv .vob .mxf .y4m".split()
-)
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .heic .heif .jp2 .ppm .pgm .pbm .ico .apng".split()
-)
-MEDIA_SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
-# First bytes of media whose name says nothing: (offset, bytes).
-_MAGIC = (
-    (0, b"\x89PNG\r\n"),
-    (0, b"\xff\xd8\xff"),
-    (0, b"GIF8"),
-    (0, b"RIFF"),
-    (4, b"ftyp"),
-    (0, b"\x1a\x45\xdf\xa3"),
-    (0, b"II*\x00"),
-    (0, b"MM\x00*"),
-    (0, b"FLV\x01"),
-)
 MAX_SIDECAR_BYTES = 1 << 20
 
 
@@ -101,7 +85,7 @@ def list_sources(sources: Sequence[str | Path]) -> Listing:
 
 
 def readable(path: str | Path) -> str:
-    """A path -> text that any table can hold: bytes that are no UTF-8 become `\\xNN`."""
+    r"""A path -> text that any table can hold: bytes that are no UTF-8 become `\xNN`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -115,12 +99,14 @@ def _expand(source: str) -> list[str]:
         return [os.path.abspath(source)]
     found = sorted(glob.glob(os.path.expanduser(source), recursive=True))
     if not found:
-        raise ConfigError(f"source {readable(source)!r}: there is no such file or folder, and no file matches it as a pattern")
+        raise ConfigError(
+            f"source {readable(source)!r}: there is no such file or folder, and no file matches it as a pattern"
+        )
     return [os.path.abspath(path) for path in found]
 
 
 class _Walk:
-    """Regular files by absolute path, and what is none. Links to folders are followed last, so real names come first."""
+    """Regular files by absolute path, and what is none. Links to folders come last, so that real names win."""
 
     def __init__(self) -> None:
         self.files: dict[str, None] = {}
@@ -147,7 +133,7 @@ class _Walk:
                 else:
                     self.refuse(path, "NotAFile", "found a pipe, socket or device, expected a file")
             except OSError as error:
-                self.refuse(path, *_os_reason(error))
+                self.refuse(path, *os_reason(error, path))
 
     def follow_links(self) -> None:
         """Take what lies below links to folders, each folder once."""
@@ -158,7 +144,9 @@ class _Walk:
                 if target == os.path.dirname(link) or os.path.dirname(link).startswith(target.rstrip("/") + "/"):
                     self.refuse(link, "LinkLoop", f"found a link to {readable(target)}, a folder that it lies in")
                 elif target in self._folders:
-                    self.refuse(link, "FolderSeen", f"found a link to {readable(target)}, which was read under its own name")
+                    self.refuse(
+                        link, "FolderSeen", f"found a link to {readable(target)}, which was read under its own name"
+                    )
                 else:
                     for path in self._enter(link):
                         self.offer(path)
@@ -172,8 +160,10 @@ class _Walk:
         if real in self._folders:
             return []
         self._folders.add(real)
-        if os.path.splitext(folder)[1].lower() in MEDIA_SUFFIXES:
-            self.refuse(folder, "NotAFile", "found a folder under the name of a medium; what is in it was read as usual")
+        if _named_medium(folder):
+            self.refuse(
+                folder, "NotAFile", "found a folder under the name of a medium; what is in it was read as usual"
+            )
         return [os.path.join(folder, name) for name in os.listdir(folder)]
 
     def _take(self, path: str) -> None:
@@ -190,7 +180,8 @@ class _Sorter:
 
     def __init__(self, walk: _Walk) -> None:
         self._walk = walk
-        self._said: dict[str, list[Statement]] = {}
+        self._manifests_say: dict[str, list[Statement]] = {}
+        self._sidecars_say: dict[str, list[Statement]] = {}
         self._listing = Listing()
 
     def sort(self) -> Listing:
@@ -200,10 +191,12 @@ class _Sorter:
         while rest := sorted(path for path in self._walk.files if path not in seen and _is_rows(path)):
             seen.update(rest)
             texts += [path for path in rest if not self._read_rows_file(path)]
-        by_stem = {os.path.splitext(p)[0] for p in self._walk.files if os.path.splitext(p)[1].lower() in MEDIA_SUFFIXES}
+        by_stem = {os.path.splitext(p)[0] for p in self._walk.files if _named_medium(p)}
         for path in sorted(set(self._walk.files) - seen):
             self._sort_file(path, by_stem)
-        self._listing.texts += [OfferedFile(Path(path), self._statements(path)) for path in texts if path not in self._walk.refused]
+        self._listing.texts += [
+            OfferedFile(Path(path), self._statements(path)) for path in texts if path not in self._walk.refused
+        ]
         self._listing.media = [OfferedFile(f.path, self._statements(str(f.path))) for f in self._listing.media]
         self._listing.refused += [self._walk.refused[path] for path in sorted(self._walk.refused)]
         self._listing.texts.sort(key=lambda file: file.path)
@@ -214,17 +207,14 @@ class _Sorter:
         suffix = suffix.lower()
         try:
             if suffix in (".txt", ".json") and stem in stems:
-                statement = _read_sidecar(Path(path))
-                self._said.setdefault(stem, []).append(statement)
+                self._sidecars_say.setdefault(stem, []).append(_read_sidecar(Path(path)))
                 self._listing.sidecars.append(Path(path))
             elif suffix == ".txt":
                 self._listing.texts.append(OfferedFile(Path(path), self._statements(path)))
-            elif suffix in MEDIA_SUFFIXES or _looks_like_media(path):
-                self._listing.media.append(OfferedFile(Path(path), ()))
             else:
-                self._walk.refuse(path, "NotMedia", f"found a file that is no medium, text or manifest ({suffix or 'no suffix'})")
+                self._listing.media.append(OfferedFile(Path(path), ()))
         except OSError as error:
-            self._walk.refuse(path, *_os_reason(error))
+            self._walk.refuse(path, *os_reason(error, path))
         except RowError as error:
             self._walk.refuse(path, error.reason, error.message)
 
@@ -241,7 +231,7 @@ class _Sorter:
                 expected = f"expected one of {', '.join(PATH_COLUMNS)} (a manifest) or text"
                 self._walk.refuse(path, "NotMedia", f"found the columns {', '.join(columns)[:500]}, {expected}")
         except OSError as error:
-            self._walk.refuse(path, *_os_reason(error))
+            self._walk.refuse(path, *os_reason(error, path))
         except RowError as error:
             self._walk.refuse(path, error.reason, error.message)
         return True
@@ -254,7 +244,7 @@ class _Sorter:
                     raise row.error
                 path = _row_path(row.values, manifest)
                 self._offer_row(path, manifest)
-                self._said.setdefault(path, []).append(_row_statement(row.values, manifest))
+                self._manifests_say.setdefault(path, []).append(_row_statement(row.values, manifest))
             except RowError as error:
                 place = f"{manifest}#row={row.index}"
                 self._walk.refused[place] = Refused(readable(place), error.reason, error.message)
@@ -265,7 +255,7 @@ class _Sorter:
         try:
             mode = os.stat(path).st_mode
         except OSError as error:
-            raise RowError(*_os_reason(error, path)) from error
+            raise RowError(*os_reason(error, path)) from error
         except ValueError as error:  # a NUL in the name
             raise RowError("BrokenRow", f"found the path {path!r}, which no file can have") from error
         if not stat.S_ISREG(mode):
@@ -276,7 +266,7 @@ class _Sorter:
 
     def _statements(self, path: str) -> tuple[Statement, ...]:
         """What was said of a file, merged: a licence holds for every caption, and a caption is taken once."""
-        said = self._said.get(path, []) + self._said.get(os.path.splitext(path)[0], [])
+        said = self._manifests_say.get(path, []) + self._sidecars_say.get(os.path.splitext(path)[0], [])
         licence = next((s.licence for s in said if s.licence is not None), None)
         source = next((s.source for s in said if s.source is not None), None)
         manifest = next((s.manifest for s in said if s.manifest is not None), None)
@@ -284,7 +274,11 @@ class _Sorter:
         for one in said:
             if one.caption is not None:
                 stated = Statement(
-                    one.caption, one.caption_source, one.licence or licence, one.source or source, one.manifest or manifest
+                    one.caption,
+                    one.caption_source,
+                    one.licence or licence,
+                    one.source or source,
+                    one.manifest or manifest,
                 )
                 merged.setdefault(one.caption, stated)
         return tuple(merged.values()) or (Statement(licence=licence, source=source, manifest=manifest),)
@@ -294,16 +288,16 @@ def _is_rows(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in ROW_SUFFIXES
 
 
-def _looks_like_media(path: str) -> bool:
-    with open(path, "rb") as file:
-        head = file.read(16)
-    return any(head[offset : offset + len(magic)] == magic for offset, magic in _MAGIC)
+def _named_medium(path: str) -> bool:
+    return named_kind(Path(path)) != "other"
 
 
 def _row_path(values: Mapping[str, Any], manifest: str) -> str:
     value = next((values[name] for name in PATH_COLUMNS if values.get(name)), None)
     if not isinstance(value, str):
-        raise RowError("BrokenRow", f"found {value!r} as path, expected a file name in one of {', '.join(PATH_COLUMNS)}")
+        raise RowError(
+            "BrokenRow", f"found {value!r} as path, expected a file name in one of {', '.join(PATH_COLUMNS)}"
+        )
     if value.startswith("file://"):
         value = unquote(urlsplit(value).path)
     elif "://" in value:
@@ -341,9 +335,12 @@ def _read_sidecar(path: Path) -> Statement:
         raise RowError("BrokenSidecar", f"not JSON: {error}") from error
     if not isinstance(values, dict):
         raise RowError("BrokenSidecar", f"found a JSON {type(values).__name__}, expected an object with a caption")
-    caption = _said(values, CAPTION_COLUMNS)
-    source = None if caption is None else "sidecar_json"
-    return Statement(caption, source, _said(values, LICENCE_COLUMNS), _said(values, SOURCE_COLUMNS))
+    try:
+        caption = _said(values, CAPTION_COLUMNS)
+        source = None if caption is None else "sidecar_json"
+        return Statement(caption, source, _said(values, LICENCE_COLUMNS), _said(values, SOURCE_COLUMNS))
+    except RowError as error:
+        raise RowError("BrokenSidecar", error.message) from error
 
 
 def _said(values: Mapping[str, Any], columns: Iterable[str]) -> str | None:
@@ -367,17 +364,12 @@ def readable_text(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _os_reason(error: OSError, path: str = "") -> tuple[str, str]:
+def os_reason(error: OSError, path: str | Path) -> tuple[str, str]:
     """What the file system answered -> a reason and a message."""
     if isinstance(error, FileNotFoundError):
-        return "Missing", f"there is no such file {readable(path)}".rstrip()
+        return "Missing", f"there is no such file {readable(path)!r}"
     if isinstance(error, PermissionError):
         return "NotPermitted", f"the file may not be read: {error.strerror}"
-    if error.errno is not None and os.strerror(error.errno) == os.strerror(40):  # ELOOP
+    if error.errno == errno.ELOOP:
         return "LinkLoop", "found a link that leads to itself"
     return "NotReadable", f"the file cannot be read: {error.strerror or error}"
-
-
-def iter_uris(files: Iterable[OfferedFile]) -> Iterator[str]:
-    """Offered files -> their absolute paths."""
-    return (str(file.path) for file in files)

@@ -1,4 +1,4 @@
-"""Rows of a CSV, JSONL or Parquet file, one at a time. A broken row is an item of its own, never the end of the file."""
+"""Rows of a CSV, JSONL or Parquet file, one at a time. A broken row is an item of its own, not the end of them."""
 
 import csv
 import json

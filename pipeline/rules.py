@@ -1,8 +1,8 @@
 """Rules: which clips a recipe keeps. Scores are measured once and stored; here, and only here, they become a choice.
 
 A rule is a closed interval over one score. Its bounds are rounded to float32 first, the precision in which scores are
-stored, so that a bound equal to a stored value includes it; a null passes no rule that applies to the clip's kind. There
-is one evaluator, over Arrow columns, because engines disagree about exactly these cases.
+stored, so that a bound equal to a stored value includes it; a null passes no rule that applies to the clip's kind.
+There is one evaluator, over Arrow columns, because engines disagree about exactly these cases.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -168,7 +168,7 @@ def passes(rule: Rule, kind: pa.ChunkedArray, values: pa.ChunkedArray) -> pa.Chu
 
 
 def first_rejections(rules: Sequence[Rule], clips: pa.Table) -> pa.ChunkedArray:
-    """Clips with `kind` and one float32 column per rule's column -> index of the first rule that rejects each, or null."""
+    """Clips with `kind` and a float32 column per rule -> index of the first rule that rejects each clip, or null."""
     first = pa.chunked_array([pa.nulls(len(clips), pa.int32())])
     for index, rule in reversed(list(enumerate(rules))):
         kept = passes(rule, clips["kind"], clips[rule.column])
@@ -196,7 +196,7 @@ def funnel(rules: Sequence[Rule], clips: pa.Table, first: pa.ChunkedArray) -> It
 
 
 def explain(rules: Sequence[Rule], clips: pa.Table, first: pa.ChunkedArray) -> pa.Table:
-    """Clips and what `first_rejections` said of them -> clip_id, verdict (kept or rejected), rule and value, by clip_id."""
+    """Clips and their `first_rejections` -> clip_id, verdict (kept or rejected), rule and value, by clip_id."""
     names = pa.array([rule.name for rule in rules], pa.string())
     value = pa.chunked_array([pa.nulls(len(clips), pa.float32())])
     for index, rule in enumerate(rules):

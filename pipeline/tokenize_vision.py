@@ -3,6 +3,7 @@
 import math
 import zlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,12 +35,12 @@ class Preparation(Config):
     memory_mb: int = Field(default=4096, gt=0)
 
 
-def prepared_size(width_px: int, height_px: int, area_px: int) -> tuple[int, int]:
-    """A picture's size -> (width, height) of about `area_px`, multiples of 8, aspect ratio nearly kept."""
+def prepared_size(height_px: int, width_px: int, area_px: int) -> tuple[int, int]:
+    """A picture's size -> (height, width) of about `area_px`, multiples of 8, aspect ratio nearly kept."""
     scale = math.sqrt(area_px / (width_px * height_px))
     return (
-        max(PATCH_PX, round(width_px * scale / PATCH_PX) * PATCH_PX),
         max(PATCH_PX, round(height_px * scale / PATCH_PX) * PATCH_PX),
+        max(PATCH_PX, round(width_px * scale / PATCH_PX) * PATCH_PX),
     )
 
 
@@ -56,13 +57,18 @@ def num_frames(duration_ms: int, preparation: Preparation) -> int:
 
 
 def clip_frames(item: Mapping[str, Any], preparation: Preparation) -> Frames:
-    """A clip (uri, kind, start_ms, end_ms, width_px, height_px) -> prepared uint8 RGB frames (T, H, W, 3)."""
-    size = prepared_size(item["width_px"], item["height_px"], preparation.area_px)
+    """A clip (uri, kind, start_ms, end_ms) -> prepared uint8 RGB frames (T, H, W, 3)."""
+    path, start_ms = Path(item["uri"]), item["start_ms"]
+
+    def size(height_px: int, width_px: int) -> tuple[int, int]:
+        return prepared_size(height_px, width_px, preparation.area_px)
+
     if item["kind"] == "image":
-        return read_frames(item["uri"], 0, 0, kind="image", size=size)
-    count = num_frames(item["end_ms"] - item["start_ms"], preparation)
-    times = [item["start_ms"] + 1000 * index / preparation.fps for index in range(count)]
-    return read_frames(item["uri"], item["start_ms"], item["end_ms"], kind="video", times_ms=times, size=size)
+        return read_frames(path, 0, 0, size=size)
+    count = num_frames(item["end_ms"] - start_ms, preparation)
+    end_ms = min(item["end_ms"], start_ms + math.ceil(1000 * count / preparation.fps))
+    frames = read_frames(path, start_ms, end_ms, fps=preparation.fps, size=size)[:count]
+    return frames[: len(frames) // FRAMES_PER_LATENT * FRAMES_PER_LATENT]
 
 
 class TokenizeWorker:

@@ -15,8 +15,10 @@ import pickle
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ from schemas.errors import ConfigError, SchemaError, TransientError
 from schemas.table import Table, content_sha256
 
 if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
     from pyiceberg.catalog import Catalog
     from pyiceberg.expressions import BooleanExpression
     from pyiceberg.table import Table as IcebergTable
@@ -43,6 +46,8 @@ COMMON_PROPERTIES = {
     "write.parquet.compression-codec": "zstd",
 }
 KEY_SEPARATOR = "\x1f"
+RUN_PROPERTY = "outback.run"
+FEW_KEYS = 64  # PyIceberg prunes by up to 200
 
 
 @dataclass(frozen=True)
@@ -90,13 +95,16 @@ class Lake:
         if self.where.startswith("catalog:"):
             files = os.environ.get("OUTBACK_FILES")
             if not files:
-                raise ConfigError(f"lake {self.where}: set OUTBACK_FILES to the folder for checkpoints and generated files")
+                raise ConfigError(
+                    f"lake {self.where}: set OUTBACK_FILES to the folder for checkpoints and generated files"
+                )
             self.folder = Path(files).resolve()
         else:
             self.where = str(Path(where).resolve())
             self.folder = Path(self.where)
         self._catalog: Catalog | None = None
         self._seen: dict[str, _SeenKeys] = {}
+        self._appended_to: set[str] = set()
 
     def __reduce__(self) -> tuple[type["Lake"], tuple[str]]:
         return (Lake, (self.where,))
@@ -128,31 +136,37 @@ class Lake:
         handle = self._load(table)
         if handle is None or (at is None and handle.current_snapshot() is None):
             return schema.empty_table()
-        from pyiceberg.expressions import AlwaysTrue
+        if where is None:
+            parts = [_read_columns(handle, path, names) for path in _planned_files(handle, at)]
+        else:
+            scan = handle.scan(row_filter=where, snapshot_id=at)
+            held = [name for name in names if name in scan.projection().column_names]
+            parts = [scan.select(*held).to_arrow()]
+        return pa.concat_tables([_conform(part, schema) for part in parts]) if parts else schema.empty_table()
 
-        present = [name for name in names if name in handle.schema().column_names]
-        scan = handle.scan(row_filter=where or AlwaysTrue(), selected_fields=tuple(present), snapshot_id=at)
-        rows = scan.to_arrow()
-        arrays = [rows[n].cast(schema.field(n).type) if n in present else pa.nulls(len(rows), schema.field(n).type) for n in names]
-        return pa.Table.from_arrays(arrays, schema=schema)
-
-    def read_where(self, table: Table, column: str, values: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
+    def read_where(
+        self, table: Table, column: str, values: Sequence[str], columns: Sequence[str] | None = None
+    ) -> pa.Table:
         """Rows whose string `column` is one of `values`."""
         from pyiceberg.expressions import In
 
         if not values:
             return self.read(table, columns, at=None).slice(0, 0)
-        return self.read(table, columns, where=In(column, set(values)))  # type: ignore[arg-type]  # stub lacks set[str]
+        return self.read(table, columns, where=In(column, set(values)))
 
     def iter_batches(
         self, table: Table, columns: Sequence[str], at: "int | None" = None, batch_rows: int = 256
     ) -> Iterator[pa.RecordBatch]:
         """Rows file by file in small batches: for tables with large cells, which must not be in memory at once."""
-        import pyarrow.parquet as pq
-
-        for path in self.data_files(table, at):
-            with pq.ParquetFile(path) as file:
-                yield from file.iter_batches(batch_size=batch_rows, columns=list(columns))
+        handle = self._load(table)
+        if handle is None or (at is None and handle.current_snapshot() is None):
+            return
+        schema = pa.schema([table.arrow_schema.field(name) for name in columns])
+        for path in _planned_files(handle, at):
+            with _open_parquet(handle, path) as file:
+                held = [name for name in columns if name in file.schema_arrow.names]
+                for batch in file.iter_batches(batch_size=batch_rows, columns=held):
+                    yield from _conform(pa.Table.from_batches([batch]), schema).to_batches()
 
     def data_files(self, table: Table, at: "int | None" = None) -> list[str]:
         """Paths of the Parquet files that make up the table at a snapshot, sorted.
@@ -162,16 +176,18 @@ class Lake:
         handle = self._load(table)
         if handle is None or (at is None and handle.current_snapshot() is None):
             return []
-        tasks = list(handle.scan(snapshot_id=at).plan_files())
-        if any(task.delete_files for task in tasks):
-            raise SchemaError(f"{table.name} has row deletes, written by another program; compact it there first")
-        return sorted(task.file.file_path.removeprefix("file://") for task in tasks)
+        return [_local(path) for path in _planned_files(handle, at)]
 
     def snapshot_id(self, table: Table) -> int | None:
         """The table's current snapshot, or None while it is empty."""
         handle = self._load(table)
         snapshot = handle.current_snapshot() if handle is not None else None
         return snapshot.snapshot_id if snapshot is not None else None
+
+    def snapshot_ids(self, table: Table) -> list[int]:
+        """Every snapshot of the table that can still be read, oldest first."""
+        handle = self._load(table)
+        return [snapshot.snapshot_id for snapshot in handle.snapshots()] if handle is not None else []
 
     def snapshot_as_of(self, table: Table, timestamp_ms: int) -> int | None:
         """The snapshot that was current at a time in milliseconds since 1970, or None if the table was empty then."""
@@ -197,7 +213,9 @@ class Lake:
         handle = self._load(table)
         if handle is None:
             return {}
-        return {name: ref.snapshot_id for name, ref in handle.metadata.refs.items() if ref.snapshot_ref_type.value == "tag"}
+        return {
+            name: ref.snapshot_id for name, ref in handle.metadata.refs.items() if ref.snapshot_ref_type.value == "tag"
+        }
 
     def content_sha256(self, table: Table, at: "int | None" = None) -> str:
         """SHA-256 over the rows' content, provenance left out: equal for lakes that hold the same."""
@@ -231,8 +249,10 @@ class Lake:
         if not len(stamped):
             return 0
         keys = _key_strings(table, stamped)
+        firsts = set(stamped[table.key[0]].to_pylist())
 
-        def publish(handle: "IcebergTable", seen: set[str], properties: dict[str, str]) -> int:
+        def publish(handle: "IcebergTable", properties: dict[str, str]) -> int:
+            seen = self._known_keys_of(table, handle, firsts, run_id)
             fresh = stamped.filter(pa.array([key not in seen for key in keys]))
             if len(fresh):
                 handle.append(fresh, snapshot_properties=properties)
@@ -254,11 +274,10 @@ class Lake:
 
         Files that hold a key already published are read back and only their new rows are added.
         """
-        import pyarrow.parquet as pq
-
         batches = [batch for batch in written if batch.num_rows]
 
-        def publish(handle: "IcebergTable", seen: set[str], properties: dict[str, str]) -> int:
+        def publish(handle: "IcebergTable", properties: dict[str, str]) -> int:
+            seen = self._known_keys(table, handle)
             taken: set[str] = set()
             whole, rest, added = [], [], 0
             for batch in batches:
@@ -267,8 +286,8 @@ class Lake:
                     whole += files
                     added += batch.num_rows
                 else:
-                    rows = pa.concat_tables([pq.read_table(file.file_path.removeprefix("file://")) for file in files])
-                    rows = table.cast(rows)
+                    rows = pa.concat_tables([_read_columns(handle, file.file_path, table.names) for file in files])
+                    rows = table.cast(_conform(rows, table.arrow_schema))
                     fresh = [key not in seen and key not in taken for key in _key_strings(table, rows)]
                     rest.append(rows.filter(pa.array(fresh)))
                 taken.update(batch.keys)
@@ -279,7 +298,10 @@ class Lake:
 
             if len(leftover):
                 whole += list(_dataframe_to_data_files(handle.metadata, leftover, handle.io))
-            with handle.transaction() as transaction, transaction.update_snapshot(properties).merge_append() as snapshot:
+            with (
+                handle.transaction() as transaction,
+                transaction.update_snapshot(properties).merge_append() as snapshot,
+            ):
                 for file in whole:
                     snapshot.append_data_file(file)
             return added + len(leftover)
@@ -296,7 +318,9 @@ class Lake:
             if taken == snapshot_id:
                 return
             if taken is not None:
-                raise ConfigError(f"tag {name!r} of {table.name} names snapshot {taken}; tags never move. Choose another name")
+                raise ConfigError(
+                    f"tag {name!r} of {table.name} names snapshot {taken}; tags never move. Choose another name"
+                )
             handle = self._load_for_write(table)
             with _contention(attempt, table):
                 handle.manage_snapshots().create_tag(snapshot_id, name).commit()
@@ -310,10 +334,33 @@ class Lake:
             handle.metadata = handle.metadata.model_copy(
                 update={"properties": {**handle.metadata.properties, "commit.retry.num-retries": "0"}}
             )
-            seen = self._known_keys(table, handle)
             with _contention(attempt, table):
-                return int(publish(handle, seen, {"outback.run": run_id}))
+                return int(publish(handle, {RUN_PROPERTY: run_id}))
         raise TransientError(f"{table.name} could not be appended to in {COMMIT_ATTEMPTS} attempts: too many writers")
+
+    def _known_keys_of(self, table: Table, handle: "IcebergTable", firsts: set[str], run_id: str) -> set[str]:
+        """At least those keys of the handle's snapshot that start with one of `firsts`, reading no more than it must.
+
+        Few first parts prune files by their bounds. A ledger's keys begin with the run, so only its own commits count.
+        """
+        snapshot = handle.current_snapshot()
+        if snapshot is None:
+            return set()
+        if table.ledger:
+            mine = [
+                s
+                for s in handle.snapshots()
+                if s.summary and s.summary.additional_properties.get(RUN_PROPERTY) == run_id
+            ]
+            paths = [path for own in mine for path in _files_added_by(handle, own)]
+        elif len(firsts) <= FEW_KEYS and table.name not in self._appended_to:
+            self._appended_to.add(table.name)  # the second time it pays to remember all keys
+            from pyiceberg.expressions import In
+
+            paths = _planned_files(handle, None, In(table.key[0], firsts))
+        else:
+            return self._known_keys(table, handle)
+        return {key for path in paths for key in _keys_in(table, handle, path)}
 
     def _known_keys(self, table: Table, handle: "IcebergTable") -> set[str]:
         """All keys of the handle's snapshot. Only files added since the last call are read."""
@@ -321,14 +368,14 @@ class Lake:
         snapshot = handle.current_snapshot()
         if snapshot is None or snapshot.snapshot_id == seen.snapshot_id:
             return seen.keys
-        new_ids = _snapshots_since(handle, snapshot, seen.snapshot_id)
-        if new_ids is None:  # history was rewritten: start over
-            seen.keys = set(_key_strings(table, self.read(table, list(table.key))))
+        new = _snapshots_since(handle, snapshot, seen.snapshot_id)
+        if new is None:  # a first look, or history was rewritten
+            seen.keys = set()
+            paths = _planned_files(handle, None)
         else:
-            import pyarrow.parquet as pq
-
-            for path in _files_added_by(handle, snapshot, new_ids):
-                seen.keys.update(_key_strings(table, pq.read_table(path, columns=list(table.key))))
+            paths = [path for one in new for path in _files_added_by(handle, one)]
+        for path in paths:
+            seen.keys.update(_keys_in(table, handle, path))
         seen.snapshot_id = snapshot.snapshot_id
         return seen.keys
 
@@ -369,9 +416,7 @@ class Lake:
         return self._catalog
 
     def _embedded(self, *, init_tables: bool) -> "Catalog":
-        from pyiceberg.catalog.sql import SqlCatalog
-
-        return SqlCatalog(
+        return _remembering_catalog()(
             "outback",
             uri=f"sqlite:///{self.folder}/catalog.db?timeout=60",
             warehouse=f"file://{self.folder}/tables",
@@ -389,7 +434,9 @@ class Lake:
             draft.unlink(missing_ok=True)
             from pyiceberg.catalog.sql import SqlCatalog
 
-            catalog = SqlCatalog("outback", uri=f"sqlite:///{draft}?timeout=60", warehouse=f"file://{self.folder}/tables")
+            catalog = SqlCatalog(
+                "outback", uri=f"sqlite:///{draft}?timeout=60", warehouse=f"file://{self.folder}/tables"
+            )
             catalog.create_namespace(NAMESPACE)
             catalog.close()
             draft.rename(self.folder / "catalog.db")
@@ -429,33 +476,117 @@ class Lake:
         return handle
 
 
+@cache
+def _remembering_catalog() -> "type[Catalog]":
+    """PyIceberg's SQL catalog, made quick for a process that loads and commits a dozen tables: a metadata file is parsed
+    once, for files never change; and the deep copies that a transaction takes of metadata at every step share the
+    snapshots, which nobody changes either. Without that a commit slows down with every commit before it.
+    """
+    from pyiceberg.catalog.sql import IcebergTables, SqlCatalog
+    from pyiceberg.table import CommitTableResponse, Table
+    from pyiceberg.table.metadata import TableMetadata, TableMetadataV2
+
+    class SharingMetadata(TableMetadataV2):
+        def __deepcopy__(self, memo: dict[int, Any] | None = None) -> "SharingMetadata":
+            return self.model_copy(update={k: copy(v) for k, v in self.__dict__.items() if isinstance(v, list | dict)})
+
+    def sharing(metadata: TableMetadata) -> TableMetadata:
+        return SharingMetadata.model_construct(**metadata.__dict__) if type(metadata) is TableMetadataV2 else metadata
+
+    class RememberingCatalog(SqlCatalog):
+        def __init__(self, name: str, **properties: str) -> None:
+            super().__init__(name, **properties)
+            self._parsed: dict[str, tuple[str, TableMetadata]] = {}
+
+        def _convert_orm_to_iceberg(self, orm_table: IcebergTables) -> Table:
+            location, metadata = self._parsed.get(orm_table.table_name, ("", None))
+            if metadata is None or location != orm_table.metadata_location:
+                loaded = super()._convert_orm_to_iceberg(orm_table)
+                location, metadata = loaded.metadata_location, sharing(loaded.metadata)
+                self._parsed[orm_table.table_name] = (location, metadata)
+            identifier = (orm_table.table_namespace, orm_table.table_name)
+            return Table(identifier, metadata, location, self._load_file_io(metadata.properties, location), self)
+
+        def commit_table(self, table: Table, requirements: Any, updates: Any) -> CommitTableResponse:
+            response = super().commit_table(table, requirements, updates)
+            self._parsed[table.name()[-1]] = (response.metadata_location, sharing(response.metadata))
+            return response
+
+    return RememberingCatalog
+
+
 def _key_strings(table: Table, rows: pa.Table) -> list[str]:
     """One string per row that is equal exactly when the keys are."""
     parts = [rows[name].cast(pa.string()) for name in table.key]
     joined = parts[0] if len(parts) == 1 else pc.binary_join_element_wise(*parts, KEY_SEPARATOR)
-    return joined.to_pylist()
+    keys: list[str] = joined.to_pylist()
+    return keys
 
 
-def _snapshots_since(handle: "IcebergTable", snapshot: "Snapshot", since: int | None) -> set[int] | None:
-    """Ids of the snapshots after `since` up to `snapshot`; None if `since` is not among its ancestors."""
-    ids: set[int] = set()
+def _keys_in(table: Table, handle: "IcebergTable", path: str) -> list[str]:
+    return _key_strings(table, _read_columns(handle, path, table.key))
+
+
+def _snapshots_since(handle: "IcebergTable", snapshot: "Snapshot", since: int | None) -> "list[Snapshot] | None":
+    """The snapshots after `since` up to `snapshot`; None if `since` is not among its ancestors or rows were rewritten."""
+    found: list[Snapshot] = []
     current: Snapshot | None = snapshot
-    while current is not None and current.snapshot_id != since:
+    while since is not None and current is not None and current.snapshot_id != since:
         if current.summary is not None and current.summary.operation.value != "append":
             return None
-        ids.add(current.snapshot_id)
+        found.append(current)
         parent = current.parent_snapshot_id
         current = handle.snapshot_by_id(parent) if parent is not None else None
-    return ids if since is None or current is not None else None
+    return found if since is not None and current is not None else None
 
 
-def _files_added_by(handle: "IcebergTable", snapshot: "Snapshot", ids: set[int]) -> list[str]:
+def _files_added_by(handle: "IcebergTable", snapshot: "Snapshot") -> list[str]:
+    """What one commit added: listed in manifests of its own, among what it may have merged into them."""
     return [
-        entry.data_file.file_path.removeprefix("file://")
+        entry.data_file.file_path
         for manifest in snapshot.manifests(handle.io)
+        if manifest.added_snapshot_id == snapshot.snapshot_id
         for entry in manifest.fetch_manifest_entry(handle.io)
-        if entry.snapshot_id in ids
+        if entry.snapshot_id == snapshot.snapshot_id
     ]
+
+
+def _planned_files(handle: "IcebergTable", at: int | None, where: "BooleanExpression | None" = None) -> list[str]:
+    """Locations of the data files at a snapshot, sorted; those that may hold what `where` asks for.
+
+    Raises: SchemaError if files carry row deletes, which append-only tables never have.
+    """
+    from pyiceberg.expressions import AlwaysTrue
+
+    tasks = list(handle.scan(row_filter=where or AlwaysTrue(), snapshot_id=at).plan_files())
+    if any(task.delete_files for task in tasks):
+        name = handle.name()[-1]
+        raise SchemaError(f"{name} has row deletes, written by another program; compact it there first")
+    return sorted(task.file.file_path for task in tasks)
+
+
+def _read_columns(handle: "IcebergTable", path: str, names: Sequence[str]) -> pa.Table:
+    """Those of the named columns that a data file has."""
+    with _open_parquet(handle, path) as file:
+        return file.read(columns=[name for name in names if name in file.schema_arrow.names])
+
+
+def _open_parquet(handle: "IcebergTable", path: str) -> "ParquetFile":
+    from pyarrow.parquet import ParquetFile
+
+    local = _local(path)
+    return ParquetFile(local if local.startswith("/") else handle.io.new_input(path).open())
+
+
+def _local(path: str) -> str:
+    return path.removeprefix("file://")
+
+
+def _conform(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Rows as stored -> rows of the schema; a column younger than the file is null."""
+    held = set(rows.column_names)
+    arrays = [rows[f.name].cast(f.type) if f.name in held else pa.nulls(len(rows), f.type) for f in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 @contextlib.contextmanager

@@ -175,7 +175,7 @@ class Grammar:
 
     @cached_property
     def layout(self) -> npt.NDArray[np.int64]:
-        """One entry for each token after IMG, EOS included: the forced token, or -1 where any vision token may stand."""
+        """The forced token at each place after IMG, EOS included, or -1 where any vision token may stand."""
         t, h, w = self.grid
         rows = np.full((h, w + self.rows_end), -1, np.int64)
         if self.rows_end:

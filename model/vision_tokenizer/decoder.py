@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.vision_tokenizer.blocks import Attention, ResBlock, SpatialNorm, TemporalResBlock, TemporalUpsample, Upsample
+from model.vision_tokenizer.blocks import (
+    Attention,
+    ResBlock,
+    SpatialNorm,
+    TemporalResBlock,
+    TemporalUpsample,
+    Upsample,
+    frames_of,
+)
 from model.vision_tokenizer.config import VisionTokenizerConfig
 from model.vision_tokenizer.encoder import MiddleBlock
 
@@ -62,7 +70,7 @@ class Decoder(nn.Module):
             both = block(both)
         for conv in self.time_conv:
             both = F.silu(conv(both))
-        x_BCHW, guide_BQHW = both.transpose(1, 2).flatten(0, 1).chunk(2, dim=0)
+        x_BCHW, guide_BQHW = frames_of(both).chunk(2, dim=0)
         x_BCHW = self.mid(self.conv_in(x_BCHW), guide_BQHW)
         for level in reversed(self.up):
             x_BCHW = level(x_BCHW, guide_BQHW)

@@ -14,6 +14,7 @@ from model.vision_tokenizer.blocks import (
     ResBlock,
     TemporalDownsample,
     TemporalResBlock,
+    frames_of,
 )
 from model.vision_tokenizer.config import NORM_GROUPS, VisionTokenizerConfig
 
@@ -81,7 +82,7 @@ class Encoder(nn.Module):
         An image is four equal frames: the spatial layers, nearly all of the work, need to see it once.
         """
         num_clips = pixels_BTCHW.shape[0]
-        x_BCHW = self.conv_in(pixels_BTCHW.flatten(0, 1))
+        x_BCHW = self.conv_in(frames_of(pixels_BTCHW.transpose(1, 2)))
         for level in self.down:
             x_BCHW = level(x_BCHW)
         x_BCHW = self.mid(x_BCHW)

@@ -12,6 +12,7 @@ from schemas.document import (
     Document,
     DocumentError,
     Grammar,
+    Kind,
     MetaTemplate,
     TextDocument,
     VisionDocument,
@@ -56,7 +57,7 @@ SIDES = st.integers(1, 5)
 
 @st.composite
 def vision_documents(draw: st.DrawFn) -> VisionDocument:
-    kind = draw(st.sampled_from(["image", "video"]))
+    kind: Kind = draw(st.sampled_from(["image", "video"]))
     grid = (1 if kind == "image" else draw(SIDES), draw(SIDES), draw(SIDES))
     size = grid[0] * grid[1] * grid[2]
     codes = np.array(draw(st.lists(st.integers(0, 63), min_size=size, max_size=size))).reshape(grid)
@@ -134,7 +135,9 @@ def test_grammar_tells_each_next_token(document: VisionDocument, meta: MetaTempl
     for place, token in enumerate(after.tolist()):
         forced = grammar.forced_token(place)
         assert forced == token if forced is not None else SMALL.is_vision(np.array(token))
-        assert np.flatnonzero(grammar.allowed(place)).tolist() == ([forced] if forced is not None else list(range(467, 531)))
+        assert np.flatnonzero(grammar.allowed(place)).tolist() == (
+            [forced] if forced is not None else list(range(467, 531))
+        )
     assert grammar.forced_token(len(after)) == SMALL.pad
 
 

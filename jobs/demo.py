@@ -1,0 +1,135 @@
+"""Demo: the whole road on a corpus made on the spot, and one page that shows what happened.
+
+Every step is the step a user would take, found finished when it is. Killed anywhere and run again, it ends with the same
+tables as if it had not been.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jobs.caption import caption
+from jobs.curate import curate, load_curate_recipe, print_curate
+from jobs.demo_corpus import CorpusConfig, make_corpus
+from jobs.demo_report import Road, write_demo_report
+from jobs.generate import Ask, GenerateRecipe, Generation, generate
+from jobs.ingest import IngestConfig, ingest, print_ingest
+from jobs.pack import PackRecipe, pack_sets
+from jobs.progress import progress
+from jobs.scan import scan
+from jobs.shapes import all_facts, write_caption
+from jobs.shipped import load_named
+from jobs.tokenize_clips import TokenizeRecipe, tokenize
+from jobs.train import TrainReport, TrainRecipe, load_training_recipe, train
+from pipeline.scan_medium import ScanConfig
+from schemas.catalog import Lake
+from schemas.errors import ConfigError
+from schemas.vision_tokens import VISION_TOKENS
+
+SET = "demo"
+PARTS = ("shapes", "photos", "defects", "texts")
+NUM_PROMPTS = 40
+NUM_VIDEOS = 8
+NUM_CONTINUED = 4
+FIRST_SEED = 1_000_000  # far from every seed that the corpus was drawn with
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """How much of everything: the corpus, and how long the two trainings run."""
+
+    corpus: CorpusConfig
+    overrides: tuple[str, ...]
+
+
+SIZES = {
+    "full": DemoSize(CorpusConfig(), ()),
+    "smoke": DemoSize(
+        CorpusConfig(num_shape_images=24, num_shape_videos=8, num_pans=1, num_zooms=1, num_cut_videos=1, num_fade_videos=1,
+                     pan_frames=60, num_texts=12),
+        ("steps=20",),
+    ),
+}  # fmt: skip
+
+
+def demo(folder: Path, seed: int, size: str) -> Path:
+    """Walk the road under `folder`; returns the path of the report.
+
+    Raises: ConfigError for an unknown size, or a folder that holds a demo of another seed or size.
+    """
+    if size not in SIZES:
+        raise ConfigError(f"no demo size {size!r}; there are {sorted(SIZES)}")
+    started = time.monotonic()
+    folder = folder.resolve()
+    lake = Lake.open(folder / "lake")
+    _say("corpus", "raw photographs, moving shapes, slides, and files that are wrong on purpose")
+    truth = make_corpus(folder / "corpus", seed, SIZES[size].corpus)
+    _say("ingest", "every file becomes a medium, a text, or a row that says why not")
+    with progress("ingest") as advance:
+        sources = [str(folder / "corpus" / part) for part in PARTS]
+        print_ingest(ingest(lake, sources, options=IngestConfig(), on_progress=advance), False)
+    _say("scan", "one decode per medium: cuts, motion, text, quality")
+    scanned = scan(lake, load_named(ScanConfig, "scan"))
+    _tell(f"{scanned.outcome.num_done} scanned, {scanned.outcome.num_failed} failed" if scanned.outcome else None)
+    _say("curate", "thresholds choose clips; nothing is decoded")
+    print_curate(curate(lake, load_curate_recipe("emu3"), SET), False)
+    _say("caption", "captions that came with the media")
+    captioned = caption(lake, SET)
+    _tell(f"{captioned.num_new} captions" if captioned.num_new else None)
+    _say("train", "a vision tokenizer, by reconstruction")
+    tokenizer = train(lake, _training("demo_tokenizer", size), SET)
+    _tell(None if tokenizer.already_there else f"checkpoint {tokenizer.checkpoint_id} after {tokenizer.step} steps")
+    _say("tokenize", "clips become codes")
+    tokens = tokenize(lake, SET, tokenizer.checkpoint_id, load_named(TokenizeRecipe, "demo_tokenize"))
+    _tell(f"{tokens.outcome.num_done} clips encoded" if tokens.outcome else None)
+    _say("pack", "documents become sequences")
+    packed = pack_sets(lake, [SET], load_named(PackRecipe, "demo_pack"), SET, tokens.tokenizer_id)
+    _tell(None if packed.already_there else f"{packed.num_sequences} sequences, {packed.fill_ratio:.1%} full")
+    _say("train", "a language model, by next-token prediction")
+    model = train(lake, _training("demo_pretrain", size), SET)
+    _tell(None if model.already_there else f"checkpoint {model.checkpoint_id} after {model.step} steps")
+    _say("generate", "images, videos and continuations that were never seen")
+    drawn = _draw(lake, model, tokens.tokenizer_id)
+    report = folder / "report.html"
+    _say("report", str(report))
+    write_demo_report(report, Road(lake, truth, SET, tokenizer, model, tokens.tokenizer_id, drawn, seed, size))
+    print(f"done in {time.monotonic() - started:.0f} s: open {report}")
+    print(f'next: OUTBACK_LAKE={lake.folder} outback sql "select kind, count(*) as clips from clips group by kind"')
+    return report
+
+
+def _training(name: str, size: str) -> TrainRecipe:
+    overrides = []
+    for override in SIZES[size].overrides:
+        section = "vision_tokenizer" if name == "demo_tokenizer" else "pretrain"
+        overrides.append(f"{section}.{override}")
+    return load_training_recipe(name, overrides)
+
+
+def _draw(lake: Lake, model: TrainReport, tokenizer_id: str) -> list[Generation]:
+    """Forty images, some videos, and continuations of clips of the set, all from seeds nothing was trained with."""
+    recipe = load_named(GenerateRecipe, "demo_generate")
+    still, moving = all_facts(moving=False), all_facts(moving=True)
+    asks = [_ask(write_caption(still[i % len(still)]), "image", i) for i in range(NUM_PROMPTS)]
+    step = max(1, len(moving) // NUM_VIDEOS)
+    asks += [_ask(write_caption(facts), "video", i) for i, facts in enumerate(moving[::step][:NUM_VIDEOS])]
+    rows = lake.read(VISION_TOKENS, ["clip_id", "tokenizer_id", "kind", "t"]).sort_by("clip_id").to_pylist()
+    videos = [r for r in rows if r["tokenizer_id"] == tokenizer_id and r["kind"] == "video" and r["t"] >= recipe.video_t]
+    asks += [
+        Ask("", "video", FIRST_SEED + i, row["clip_id"], recipe.video_t // 2) for i, row in enumerate(videos[:NUM_CONTINUED])
+    ]
+    return generate(lake, asks, model.checkpoint_id, recipe)
+
+
+def _ask(prompt: str, kind: Literal["image", "video"], index: int) -> Ask:
+    return Ask(prompt, kind, FIRST_SEED + index)
+
+
+def _say(step: str, what: str) -> None:
+    print(f"\n{step:>9}  {what}", file=sys.stderr, flush=True)
+
+
+def _tell(done: str | None) -> None:
+    print(f"{'':>9}  {done or 'nothing to do'}", file=sys.stderr, flush=True)

@@ -1,0 +1,232 @@
+"""What a file is, by its content: kind, container, codec, shown size, and whether it can be read at all."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from schemas.errors import RowError
+from schemas.recipe import Config
+
+Kind = Literal["video", "image", "other"]
+
+VIDEO_SUFFIXES = frozenset(
+    ".3g2 .3gp .asf .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .qt .ts .vob .webm .wmv .y4m".split()
+)
+IMAGE_SUFFIXES = frozenset(
+    ".apng .avif .bmp .dib .heic .heif .ico .j2k .jfif .jp2 .jpe .jpeg .jpg .mpo .pbm .pgm .png .pnm .ppm .tga .tif "
+    ".tiff .webp".split()
+)
+EITHER_SUFFIXES = frozenset({".gif"})  # a picture that may move
+
+SNIFFED_BYTES = 4096
+TS_PACKETS = (188, 192, 204)  # packet lengths of MPEG transport streams
+PICTURE_BRANDS = frozenset({b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1", b"hevc", b"hevx"})
+IMAGE_MAGIC = (
+    (0, b"\xff\xd8\xff"),
+    (0, b"\x89PNG\r\n\x1a\n"),
+    (0, b"BM"),
+    (0, b"II*\x00"),
+    (0, b"MM\x00*"),
+    (0, b"\x00\x00\x00\x0cjP  \r\n"),
+    (0, b"\x00\x00\x01\x00"),
+    (8, b"WEBP"),
+)
+VIDEO_MAGIC = (
+    (0, b"\x1aE\xdf\xa3"),  # Matroska and WebM
+    (8, b"AVI "),
+    (0, b"FLV"),
+    (0, b"\x00\x00\x01\xba"),  # MPEG program stream
+    (0, b"\x00\x00\x01\xb3"),
+    (0, b"0&\xb2u\x8ef\xcf\x11"),  # ASF
+    (0, b"OggS"),
+    (0, b"YUV4MPEG2"),
+    (0, b"\x06\x0e+4\x02\x05\x01\x01"),  # MXF
+    (4, b"ftyp"),
+    (4, b"moov"),
+    (4, b"mdat"),
+    (4, b"moof"),
+)
+
+
+class MediaLimits(Config):
+    """What a file may ask for."""
+
+    max_pixels: int = Field(120_000_000, gt=0)  # of one frame: the largest cameras pass, decompression bombs do not
+
+
+@dataclass(frozen=True)
+class MediumFacts:
+    """Facts of one readable medium, as the columns of `media` want them."""
+
+    kind: Literal["video", "image"]
+    num_bytes: int
+    container: str
+    codec: str
+    width_px: int
+    height_px: int
+    rotation_deg: int
+    fps: float | None
+    duration_ms: int | None
+    has_audio: bool
+
+
+def sniff(path: Path) -> Kind:
+    """A file -> video, image or other, by its first bytes, never by its name. A GIF that moves is a video."""
+    with path.open("rb") as file:
+        head = file.read(SNIFFED_BYTES)
+    if head[:6] in (b"GIF87a", b"GIF89a"):
+        return "video" if _moves(path) else "image"
+    if head[4:8] == b"ftyp" and head[8:12] in PICTURE_BRANDS:
+        return "image"
+    if _has_magic(head, IMAGE_MAGIC):
+        return "image"
+    if _has_magic(head, VIDEO_MAGIC) or _is_transport_stream(head):
+        return "video"
+    return _ask_readers(path) if head else "other"
+
+
+def probe(path: Path, limits: MediaLimits = MediaLimits()) -> MediumFacts:  # noqa: B008  # frozen
+    """A file -> its facts. A video's first frame is decoded and a picture is decoded whole, so that it can be used.
+
+    Raises: RowError with Empty, WrongExtension, Unreadable, Truncated, TooManyPixels or NoVideoStream.
+    """
+    num_bytes = path.stat().st_size
+    if num_bytes == 0:
+        raise RowError("Empty", f"{path.name} has no bytes")
+    kind = sniff(path)
+    named = named_kind(path)
+    if kind == "other" and named == "other":
+        raise RowError("Unreadable", f"{path.name} holds neither a video nor a picture")
+    if kind != named and named != "other" and not (path.suffix.lower() in EITHER_SUFFIXES and kind != "other"):
+        held = "neither a video nor a picture" if kind == "other" else f"a {kind}"
+        raise RowError("WrongExtension", f"{path.name} is named as a {named} but holds {held}")
+    return _probe_image(path, num_bytes, limits) if kind == "image" else _probe_video(path, num_bytes, limits)
+
+
+def named_kind(path: Path) -> Kind:
+    """A path -> what its name claims; "other" where the name says nothing we know. A GIF is named as a picture."""
+    suffix = path.suffix.lower()
+    if suffix in VIDEO_SUFFIXES:
+        return "video"
+    return "image" if suffix in IMAGE_SUFFIXES or suffix in EITHER_SUFFIXES else "other"
+
+
+def _probe_image(path: Path, num_bytes: int, limits: MediaLimits) -> MediumFacts:
+    from pipeline.read_image import read_image
+
+    picture = read_image(path, limits.max_pixels)
+    height, width = picture.bgr.shape[:2]
+    return MediumFacts(
+        kind="image",
+        num_bytes=num_bytes,
+        container=picture.container.lower(),
+        codec=picture.container.lower(),
+        width_px=width,
+        height_px=height,
+        rotation_deg=picture.rotation_deg,
+        fps=None,
+        duration_ms=None,
+        has_audio=False,
+    )
+
+
+def _probe_video(path: Path, num_bytes: int, limits: MediaLimits) -> MediumFacts:
+    import av.error
+
+    from pipeline.decode import check_pixels, open_video
+    from pipeline.decode_pyav import first_video_stream, open_container
+
+    try:
+        container = open_container(path.absolute())
+    except av.error.FFmpegError as error:
+        raise RowError("Unreadable", f"{path.name} cannot be opened: {error.strerror}") from error
+    with container:
+        stream = first_video_stream(container, path)
+        check_pixels(stream.width, stream.height, limits.max_pixels)
+        name = container.format.name.split(",")[0]
+        codec = stream.codec_context.name
+        fps = float(stream.average_rate) if stream.average_rate else None
+        has_audio = bool(container.streams.audio)
+        rotation_deg = _rotation(container, stream)
+        if stream.duration and stream.time_base:
+            duration_ms: int | None = round(float(stream.duration * stream.time_base) * 1000)
+        else:
+            duration_ms = round(container.duration / 1000) if container.duration else None
+    try:
+        with open_video(path, max_pixels=limits.max_pixels) as reader:
+            height, width = next(iter(reader)).bgr().shape[:2]
+    except RowError as error:
+        if error.reason != "DecodeFailed":
+            raise
+        raise RowError("Unreadable", error.message) from error
+    return MediumFacts(
+        kind="video",
+        num_bytes=num_bytes,
+        container=name,
+        codec=codec,
+        width_px=width,
+        height_px=height,
+        rotation_deg=rotation_deg,
+        fps=fps,
+        duration_ms=duration_ms,
+        has_audio=has_audio,
+    )
+
+
+def _rotation(container: object, stream: object) -> int:
+    """Counter-clockwise degrees that the first decodable frame asks for, 0 to 359; 0 where none decodes."""
+    import av.error
+
+    try:
+        frame = next(container.decode(stream), None)  # type: ignore[attr-defined]  # an input container of PyAV
+    except av.error.FFmpegError:
+        return 0  # whether anything decodes at all is found out next, with every decoder
+    return int(frame.rotation) % 360 if frame is not None else 0
+
+
+def _has_magic(head: bytes, table: tuple[tuple[int, bytes], ...]) -> bool:
+    return any(head[offset : offset + len(magic)] == magic for offset, magic in table)
+
+
+def _is_transport_stream(head: bytes) -> bool:
+    def synced(length: int, start: int) -> bool:
+        marks = head[start::length]
+        return len(marks) >= 3 and set(marks[:8]) == {0x47}
+
+    return any(synced(length, 4 if length == 192 else 0) for length in TS_PACKETS)
+
+
+def _moves(path: Path) -> bool:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return bool(getattr(picture, "is_animated", False))
+    except (OSError, SyntaxError, ValueError):
+        return False  # a broken GIF is a broken picture
+
+
+def _ask_readers(path: Path) -> Kind:
+    """Content without a known mark: a picture if Pillow names its format, a video if FFmpeg finds one in it."""
+    import av.error
+    from PIL import Image, UnidentifiedImageError
+
+    from pipeline.decode_pyav import first_video_stream, open_container
+
+    try:
+        with Image.open(path):
+            return "image"
+    except UnidentifiedImageError:
+        pass  # not a picture: ask the video reader
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return "image"
+    try:
+        with open_container(path.absolute()) as container:
+            if container.format.name in ("tty", "txt", "image2") or container.format.name.endswith("_pipe"):
+                return "other"
+            first_video_stream(container, path)
+            return "video"
+    except (av.error.FFmpegError, RowError):
+        return "other"

@@ -1,0 +1,81 @@
+"""Picture files -> one upright 8-bit BGR picture, whatever mode they store."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as Pillow
+from PIL import ImageOps, UnidentifiedImageError
+
+from pipeline.decode import Image, check_pixels
+from schemas.errors import RowError
+
+EXIF_ORIENTATION = 0x0112
+TURNED_DEG = {3: 180, 4: 180, 5: 90, 6: 270, 7: 270, 8: 90}  # EXIF orientation -> counter-clockwise rotation
+WHITE = (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture and what its file says of itself."""
+
+    bgr: Image
+    container: str
+    rotation_deg: int
+
+
+def read_image(path: Path, max_pixels: int | None = None) -> Picture:
+    """A picture file -> its first frame, upright, uint8 [height, width, 3], blue first.
+
+    Transparency is laid on white, as pages show it. 16-bit values are scaled by their full range, floats by 0 to 1.
+    The size is checked before any pixel is decoded.
+
+    Raises: RowError with TooManyPixels, Unreadable or Truncated.
+    """
+    limit = Pillow.MAX_IMAGE_PIXELS
+    Pillow.MAX_IMAGE_PIXELS = None  # our own limit is checked on the header, and is the recipe's
+    try:
+        with Pillow.open(path) as opened:
+            check_pixels(opened.width, opened.height, max_pixels)
+            container = opened.format or "unknown"
+            orientation = opened.getexif().get(EXIF_ORIENTATION, 1)
+            opened.seek(0)
+            _load(opened, path)
+            upright = ImageOps.exif_transpose(opened)
+            return Picture(_to_bgr(upright), container, TURNED_DEG.get(orientation, 0))
+    except UnidentifiedImageError as error:
+        raise RowError("Unreadable", f"{path.name} is no picture that can be read") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise RowError("Unreadable", f"{path.name}: {error}") from error
+    finally:
+        Pillow.MAX_IMAGE_PIXELS = limit
+
+
+def _load(opened: Pillow.Image, path: Path) -> None:
+    try:
+        opened.load()
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        reason = "Truncated" if "truncat" in str(error).lower() or isinstance(error, EOFError) else "Unreadable"
+        raise RowError(reason, f"{path.name}: {error}") from error
+
+
+def _to_bgr(picture: Pillow.Image) -> Image:
+    if picture.mode.startswith(("I", "F")):
+        grey = _eight_bit(np.asarray(picture))
+        return np.repeat(grey[:, :, np.newaxis], 3, axis=2)
+    if picture.has_transparency_data:
+        layered = picture.convert("RGBA")
+        page = Pillow.new("RGB", picture.size, WHITE)
+        page.paste(layered, mask=layered.getchannel("A"))
+        picture = page
+    rgb = np.asarray(picture.convert("RGB"))
+    return np.ascontiguousarray(rgb[:, :, ::-1])
+
+
+def _eight_bit(values: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """Grey values of more than 8 bits -> 0 to 255. Wider integers hold 16-bit values unless they exceed them."""
+    wide = values.astype(np.float64)
+    top = 1.0 if values.dtype.kind == "f" and wide.max(initial=0) <= 1.0 else 65535.0
+    top = max(top, float(wide.max(initial=0)))
+    return np.rint(np.clip(wide / top, 0, 1) * 255).astype(np.uint8)

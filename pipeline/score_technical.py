@@ -1,0 +1,102 @@
+"""Technical scores: what light, focus and framing tell without any weights."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from pipeline.samples import Image, SampleSpec
+from schemas.recipe import Config, short_hash
+
+
+class TechnicalConfig(Config):
+    """Where the lines are drawn. All ours."""
+
+    samples: SampleSpec = SampleSpec()
+    clip_margin: int = Field(2, ge=0, le=64)  # luma this close to 0 or 255 has lost its detail
+    grey_chroma: int = Field(10, ge=1, le=128)  # the largest difference of channels in a pixel without colour
+    bar_luma_max: int = Field(40, ge=0, le=255)  # bars are near black: a white page has margins, not bars
+    bar_spread_max: int = Field(12, ge=0, le=255)  # luma differences inside a bar: coding noise
+
+    @property
+    def scorer_id(self) -> str:
+        """Hash of family, version and parameters."""
+        return short_hash({"family": "technical", "version": 1, **self.model_dump(mode="json")})
+
+
+@dataclass(frozen=True)
+class TechnicalValues:
+    """What one picture measures; the score columns but for the count."""
+
+    sharpness: float
+    luma_mean: float
+    luma_std: float
+    clipped_ratio: float
+    colourfulness: float
+    monochrome_ratio: float
+    letterbox_ratio: float
+
+
+class TechnicalScorer:
+    """Measures one picture at a time."""
+
+    def __init__(self, config: TechnicalConfig) -> None:
+        self._config = config
+
+    def measure(self, image: Image) -> TechnicalValues:
+        """BGR uint8 [height, width, 3] -> its values."""
+        import cv2
+
+        config = self._config
+        luma: NDArray[np.uint8] = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)  # type: ignore[assignment]  # uint8 in and out
+        low, high = config.clip_margin, 255 - config.clip_margin
+        channels = image.astype(np.int16)
+        spread = channels.max(axis=2) - channels.min(axis=2)
+        laplacian = cv2.Laplacian(luma, cv2.CV_32F)
+        return TechnicalValues(
+            sharpness=float(laplacian.var(dtype=np.float64)),
+            luma_mean=float(luma.mean(dtype=np.float64)) / 255,
+            luma_std=float(luma.std(dtype=np.float64)) / 255,
+            clipped_ratio=float(((luma <= low) | (luma >= high)).mean()),
+            colourfulness=colourfulness(channels),
+            monochrome_ratio=float((spread <= config.grey_chroma).mean()),
+            letterbox_ratio=self._letterbox_ratio(luma),
+        )
+
+    def _letterbox_ratio(self, luma: NDArray[np.uint8]) -> float:
+        """Share of the picture inside bars. A picture that is dark all over has no bars that can be told."""
+        height, width = luma.shape
+        top, bottom = self._bar(luma), self._bar(luma[::-1])
+        left, right = self._bar(luma.T), self._bar(luma.T[::-1])
+        if top + bottom >= height or left + right >= width:
+            return 0.0
+        return 1.0 - (height - top - bottom) * (width - left - right) / (height * width)
+
+    def _bar(self, luma: NDArray[np.uint8]) -> int:
+        """Rows from the top that make one even, dark bar."""
+        dark = luma.max(axis=1) <= self._config.bar_luma_max
+        even = np.ptp(luma, axis=1) <= self._config.bar_spread_max
+        level = np.abs(luma.mean(axis=1) - luma[0].mean()) <= self._config.bar_spread_max
+        outside = np.flatnonzero(~(dark & even & level))
+        return int(outside[0]) if outside.size else len(luma)
+
+
+def colourfulness(channels: NDArray[np.int16]) -> float:
+    """BGR [height, width, 3] -> Hasler and Suesstrunk's M3 (2003): 0 grey, 33 moderate, 59 quite, over 100 vivid."""
+    blue, green, red = (channels[..., index].astype(np.float32) for index in range(3))
+    red_green = red - green
+    yellow_blue = (red + green) / 2 - blue
+    deviation = np.hypot(red_green.std(dtype=np.float64), yellow_blue.std(dtype=np.float64))
+    distance = np.hypot(red_green.mean(dtype=np.float64), yellow_blue.mean(dtype=np.float64))
+    return float(deviation + 0.3 * distance)
+
+
+def summarise(values: Sequence[TechnicalValues]) -> dict[str, float | int | None]:
+    """Values of every sample of one clip -> their medians and the count, as columns of `score_technical`."""
+    names = TechnicalValues.__dataclass_fields__
+    if not values:
+        return {**dict.fromkeys(names), "num_samples": 0}
+    table = np.array([list(asdict(value).values()) for value in values])
+    return {**dict(zip(names, np.median(table, axis=0).tolist(), strict=True)), "num_samples": len(values)}

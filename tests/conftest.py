@@ -1,0 +1,20 @@
+"""What every test relies on: a shell that says nothing about lakes or clusters."""
+
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+SETTINGS = ("OUTBACK_LAKE", "OUTBACK_FILES", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Path:
+    """The root of the checkout."""
+    return CHECKOUT

@@ -1,0 +1,151 @@
+"""Generation: documents always parse, seeds decide, the cache and the batch change nothing."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.generate import VisionRequest, generate_vision
+from model.sampling import SamplingConfig, guide
+from model.text_tokenizer import TinyBpe
+from model.transformer import Transformer, TransformerConfig
+from model.weights import LanguageModel
+from schemas.document import MetaTemplate, Tokens, VisionDocument, parse_document, prompt_tokens
+from schemas.errors import ConfigError
+from schemas.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary(num_text=256, num_codes=24)
+GREEDY = SamplingConfig(temperature=0, guidance=1)
+GUIDED = SamplingConfig(guidance=2.5, top_k=20, negative_prompt="ugly")
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    """A random model whose choices are far from uniform and depend on everything before."""
+    torch.manual_seed(3)
+    config = TransformerConfig(
+        vocab_size=VOCABULARY.size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+    )
+    transformer = Transformer(config).eval()
+    for tensor in transformer.state_dict().values():
+        tensor.normal_(std=0.3) if tensor.ndim > 1 else None
+    return LanguageModel(transformer, VOCABULARY, TinyBpe.train([], 256))
+
+
+def parsed(lm: LanguageModel, tokens: Tokens, meta: MetaTemplate = MetaTemplate.OUTBACK) -> VisionDocument:
+    document = parse_document(tokens, lm.vocabulary, lm.text, meta=meta)
+    assert isinstance(document, VisionDocument)
+    return document
+
+
+REQUESTS = [
+    VisionRequest("a red circle", "image", (1, 3, 2), seed=1),
+    VisionRequest("b", "video", (2, 2, 3), fps=8, seed=2),
+    VisionRequest("", "image", (1, 1, 1), seed=3),
+    VisionRequest("<|image end|>", "video", (3, 2, 2), seed=4, context_codes=np.arange(8).reshape(2, 2, 2)),
+]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, GUIDED, SamplingConfig(temperature=0)], ids=["greedy", "guided", "both"])
+@pytest.mark.parametrize("meta", MetaTemplate)
+def test_mixed_batches_give_documents_that_parse(
+    lm: LanguageModel, sampling: SamplingConfig, meta: MetaTemplate
+) -> None:
+    steps: list[tuple[int, int]] = []
+    made = generate_vision(lm, REQUESTS, sampling, lambda done, total: steps.append((done, total)), meta=meta)
+    for request, tokens in zip(REQUESTS, made, strict=True):
+        document = parsed(lm, tokens, meta)
+        assert tokens.dtype == np.uint32
+        assert (document.kind, document.caption, document.grid) == (request.kind, request.prompt, request.grid)
+        if request.context_codes is not None:
+            assert np.array_equal(document.codes[:2], request.context_codes)
+    assert steps[-1] == (23, 23)
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, GUIDED], ids=["greedy", "guided"])
+def test_the_batch_does_not_change_a_sample(lm: LanguageModel, sampling: SamplingConfig) -> None:
+    together = generate_vision(lm, REQUESTS, sampling)
+    for request, tokens in zip(REQUESTS, together, strict=True):
+        assert generate_vision(lm, [request], sampling)[0].tolist() == tokens.tolist()
+    other = generate_vision(lm, [REQUESTS[3], REQUESTS[1], REQUESTS[0]], sampling)
+    assert [row.tolist() for row in other] == [together[index].tolist() for index in (3, 1, 0)]
+
+
+def test_the_seed_decides(lm: LanguageModel) -> None:
+    made = [
+        generate_vision(lm, [VisionRequest("x", "image", (1, 4, 4), seed=seed)], GUIDED)[0].tolist()
+        for seed in (5, 5, 6)
+    ]
+    assert made[0] == made[1]
+    assert made[0] != made[2]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_greedy_codes_are_those_of_full_passes(lm: LanguageModel, guidance: float) -> None:
+    sampling = SamplingConfig(temperature=0, guidance=guidance, negative_prompt="ugly")
+    request = VisionRequest("a cat", "video", (2, 3, 2), fps=8)
+    tokens = generate_vision(lm, [request], sampling)[0]
+    args = (request.kind, request.grid, request.fps, lm.vocabulary, lm.text)
+    prompt, negative = prompt_tokens("a cat", *args), prompt_tokens("ugly", *args)
+    offset = lm.vocabulary.vision_offset
+    num_checked = 0
+    for place in range(len(prompt), len(tokens)):
+        if tokens[place] < offset:
+            continue
+        written = tokens[len(prompt) : place]
+
+        def scores(head: Tokens, written: Tokens = written) -> torch.Tensor:
+            ids = torch.from_numpy(np.concatenate([head, written]).astype(np.int64))
+            logits: torch.Tensor = lm.transformer(ids.unsqueeze(0))[0, -1]
+            return logits
+
+        guided = guide(scores(prompt), scores(negative), guidance)[offset:]
+        assert int(tokens[place]) - offset == int(guided.argmax())
+        num_checked += 1
+    assert num_checked == 12
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["image", "video"]), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
+        min_size=1,
+        max_size=4,
+    ),
+    st.booleans(),
+)
+def test_any_batch_of_grids_parses(lm: LanguageModel, forms: list[tuple[str, int, int, int]], guided: bool) -> None:
+    requests = [
+        VisionRequest("p" * index, kind, (1 if kind == "image" else t, h, w), seed=index)  # type: ignore[arg-type]
+        for index, (kind, t, h, w) in enumerate(forms)
+    ]
+    for request, tokens in zip(requests, generate_vision(lm, requests, GUIDED if guided else GREEDY), strict=True):
+        assert parsed(lm, tokens).grid == request.grid
+
+
+def test_a_whole_clip_of_context_is_left_as_it_is(lm: LanguageModel) -> None:
+    codes = np.arange(8).reshape(2, 2, 2)
+    request = VisionRequest("x", "video", (2, 2, 2), context_codes=codes)
+    assert np.array_equal(parsed(lm, generate_vision(lm, [request], GUIDED)[0]).codes, codes)
+    assert generate_vision(lm, [], GUIDED) == []
+
+
+def test_impossible_requests_are_refused(lm: LanguageModel) -> None:
+    with pytest.raises(ConfigError, match="at most 256"):
+        generate_vision(lm, [VisionRequest("x", "image", (1, 16, 16))], GUIDED)
+    lm.transformer.train()
+    try:
+        with pytest.raises(RuntimeError, match="eval"):
+            generate_vision(lm, REQUESTS, GUIDED)
+    finally:
+        lm.transformer.eval()

@@ -1,0 +1,267 @@
+"""Materialised data on local disk, and what step number `step` reads of it.
+
+Which rows a step reads is a pure function of (seed, step): no state to save, exact resume, and the same order on any
+number of workers. Rows are read from memory-mapped files, so a step touches only the pages it needs.
+
+Shapes: B rows, L tokens, T frames, H W pixels, C channels.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from model.text_tokenizer import TextTokenizer
+from schemas.document import loss_weights
+from schemas.errors import ConfigError, SchemaError
+from schemas.sequences import SEGMENT
+from schemas.vocabulary import IntArray, Vocabulary
+from train.files import publish_file
+
+Frames = npt.NDArray[np.uint8]
+Rows = npt.NDArray[np.int64]
+
+FRAMES_PER_CHUNK = 4  # the vision tokenizer makes one latent frame of four
+ROWS_PER_RECORD_BATCH = 1024
+TOKEN_TYPE = np.dtype("<u4")
+
+SEQUENCE_SCHEMA = pa.schema(
+    [
+        pa.field("tokens", pa.large_binary(), nullable=False),  # token ids, little-endian uint32, without padding
+        pa.field("segments", pa.list_(pa.field("element", SEGMENT, nullable=False)), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class SequenceData:
+    """Packed sequences, materialised: what `pretrain` reads. `data_id` and `sha256` name the content, not the file."""
+
+    path: Path
+    data_id: str
+    sha256: str
+    vocabulary: Vocabulary
+    text: TextTokenizer
+    context_len: int
+
+
+@dataclass(frozen=True)
+class FrameData:
+    """Chunks of four frames, materialised: what `train_vision_tokenizer` reads. An image is four equal frames."""
+
+    path: Path
+    data_id: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Rows as tensors on one device. A label is the next token of the same document; without one its weight is 0.
+
+    `document_ids_BL` counts a row's documents from 0; padding is a document of its own, so nothing attends to it.
+    """
+
+    tokens_BL: Tensor
+    labels_BL: Tensor
+    weights_BL: Tensor
+    positions_BL: Tensor
+    document_ids_BL: Tensor
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        """The same batch on another device."""
+        return TokenBatch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+def batch_indices(seed: int, step: int, global_batch: int, num_rows: int) -> Rows:
+    """Seed and step (from 0) -> the rows of the global batch, (global_batch,), of 0..num_rows-1.
+
+    Every epoch is a fresh permutation, so no row repeats inside an epoch; a batch may hold the end of one epoch and the
+    start of the next.
+    """
+    places = np.arange(step * global_batch, (step + 1) * global_batch)
+    epochs = places // num_rows
+    rows = np.empty(global_batch, np.int64)
+    for epoch in np.unique(epochs):
+        inside = epochs == epoch
+        rows[inside] = _permutation(seed, int(epoch), num_rows)[places[inside] % num_rows]
+    return rows
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, num_rows: int) -> Rows:
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+def worker_share(rows: Rows, rank: int, num_workers: int) -> Rows:
+    """The global batch -> the part of one worker. The parts of all workers are the whole, whatever their number."""
+    return rows[rank::num_workers]
+
+
+def write_sequence_file(
+    path: Path, tokens: Iterable[IntArray], segments: Iterable[Sequence[Mapping[str, object]]]
+) -> int:
+    """Token ids and segments of each row, in order -> an Arrow IPC file, published whole; the number of rows.
+
+    Raises: SchemaError if segments do not cover their row from end to end.
+    """
+    num_rows = 0
+    with (
+        publish_file(path) as draft,
+        pa.OSFile(str(draft), "wb") as sink,
+        pa.ipc.new_file(sink, SEQUENCE_SCHEMA) as writer,
+    ):
+        pending: list[dict[str, object]] = []
+        for row_tokens, row_segments in zip(tokens, segments, strict=True):
+            ids = np.ascontiguousarray(row_tokens, TOKEN_TYPE)
+            _document_lengths(row_segments, len(ids), num_rows)
+            pending.append({"tokens": ids.tobytes(), "segments": list(row_segments)})
+            num_rows += 1
+            if len(pending) == ROWS_PER_RECORD_BATCH:
+                writer.write_batch(pa.RecordBatch.from_pylist(pending, SEQUENCE_SCHEMA))
+                pending = []
+        if pending:
+            writer.write_batch(pa.RecordBatch.from_pylist(pending, SEQUENCE_SCHEMA))
+    return num_rows
+
+
+class SequenceFile:
+    """Rows of a sequence file by index, without reading the rest.
+
+    Raises: ConfigError if the file is missing or is no such file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ConfigError(f"the sequences {path} cannot be read: {error}") from error
+        if table.schema != SEQUENCE_SCHEMA:
+            raise ConfigError(f"{path} holds the columns {table.schema.names}, expected tokens and segments")
+        self._tokens = table.column("tokens")
+        self._segments = table.column("segments")
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def tokens(self, row: int) -> npt.NDArray[np.uint32]:
+        """A row -> its tokens, uint32, a view of the file."""
+        return np.frombuffer(self._tokens[row].as_buffer(), TOKEN_TYPE)
+
+    def segments(self, row: int) -> list[dict[str, object]]:
+        """A row -> its documents in order: kind, item_id, offset and length in tokens."""
+        return list(self._segments[row].as_py())
+
+    def document_lengths(self, row: int) -> Rows:
+        """A row -> tokens of each of its documents.
+
+        Raises: SchemaError if segments do not cover the row from end to end.
+        """
+        return _document_lengths(self.segments(row), len(self.tokens(row)), row)
+
+
+def _document_lengths(segments: Sequence[Mapping[str, object]], num_tokens: int, row: int) -> Rows:
+    offsets = np.asarray([segment["offset"] for segment in segments], np.int64)
+    lengths = np.asarray([segment["length"] for segment in segments], np.int64)
+    ends = np.cumsum(lengths)
+    if not len(ends) or ends[-1] != num_tokens or not np.array_equal(offsets, ends - lengths) or lengths.min() < 1:
+        found = list(zip(offsets.tolist(), lengths.tolist(), strict=True))
+        raise SchemaError(f"row {row}: found segments {found}, expected them to cover its {num_tokens} tokens in order")
+    return lengths
+
+
+def token_batch(file: SequenceFile, rows: Rows, data: SequenceData, vision_weight: float) -> TokenBatch:
+    """Rows of a sequence file -> a batch padded to the context length.
+
+    Raises: SchemaError if a row is longer than the context, or holds an id outside the vocabulary.
+    """
+    vocabulary = data.vocabulary
+    shape = (len(rows), data.context_len)
+    tokens = np.full(shape, vocabulary.pad, np.int64)
+    labels = np.full(shape, vocabulary.pad, np.int64)
+    weights = np.zeros(shape, np.float32)
+    positions = np.zeros(shape, np.int64)
+    documents = np.zeros(shape, np.int64)
+    for place, row in enumerate(rows):
+        ids = file.tokens(int(row)).astype(np.int64)
+        if len(ids) > data.context_len or ids.max() >= vocabulary.size:
+            found = f"{len(ids)} tokens with ids up to {ids.max()}"
+            expected = f"at most {data.context_len} tokens with ids below {vocabulary.size}"
+            raise SchemaError(f"row {row} of {file}: found {found}, expected {expected}")
+        lengths = file.document_lengths(int(row))
+        ends = np.cumsum(lengths)
+        tokens[place, : len(ids)] = ids
+        labels[place, : len(ids) - 1] = ids[1:]
+        labels[place, ends - 1] = vocabulary.pad  # the last token of a document predicts nothing
+        weights[place, : len(ids)] = loss_weights(labels[place, : len(ids)], vocabulary, vision_weight)
+        weights[place, ends - 1] = 0.0
+        positions[place, : len(ids)] = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)
+        documents[place, : len(ids)] = np.repeat(np.arange(len(lengths)), lengths)
+        documents[place, len(ids) :] = len(lengths)
+    return TokenBatch(*(torch.from_numpy(part) for part in (tokens, labels, weights, positions, documents)))
+
+
+def write_frame_file(path: Path, chunks: Iterable[Frames], num_chunks: int, size_px: tuple[int, int]) -> None:
+    """Chunks of frames (4, H, W, 3) uint8 RGB -> a .npy file (num_chunks, 4, H, W, 3), published whole.
+
+    `size_px` is (height, width).
+
+    Raises: SchemaError if a chunk has another shape or type, or their number is another.
+    """
+    expected = (FRAMES_PER_CHUNK, *size_px, 3)
+    with publish_file(path) as draft:
+        out = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+            draft, mode="w+", dtype=np.uint8, shape=(num_chunks, *expected)
+        )
+        written = 0
+        for chunk in chunks:
+            if chunk.shape != expected or chunk.dtype != np.uint8 or written == num_chunks:
+                found = f"{chunk.dtype} of shape {chunk.shape}"
+                raise SchemaError(f"chunk {written}: found {found}, expected {num_chunks} of uint8, shape {expected}")
+            out[written] = chunk
+            written += 1
+        if written != num_chunks:
+            raise SchemaError(f"found {written} chunks of frames, expected {num_chunks}")
+        out.flush()
+        del out
+
+
+class FrameFile:
+    """Chunks of a frame file by index, without reading the rest.
+
+    Raises: ConfigError if the file is missing or is no such file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._chunks = np.load(path, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"the frames {path} cannot be read: {error}") from error
+        shape = self._chunks.shape
+        if self._chunks.dtype != np.uint8 or len(shape) != 5 or (shape[1], shape[4]) != (FRAMES_PER_CHUNK, 3):
+            found = f"{self._chunks.dtype} of shape {shape}"
+            raise ConfigError(f"{path} holds {found}, expected uint8 of shape (N, {FRAMES_PER_CHUNK}, H, W, 3)")
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def read(self, rows: Rows) -> Frames:
+        """Rows -> chunks (B, 4, H, W, 3) uint8 RGB."""
+        return np.ascontiguousarray(self._chunks[rows])
+
+
+@lru_cache(maxsize=1)
+def open_sequences(path: Path) -> SequenceFile:
+    """A path -> its sequence file, opened once per process."""
+    return SequenceFile(path)
+
+
+@lru_cache(maxsize=1)
+def open_frames(path: Path) -> FrameFile:
+    """A path -> its frame file, opened once per process."""
+    return FrameFile(path)

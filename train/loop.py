@@ -1,0 +1,282 @@
+"""The loop every training runs: resume, step, log, checkpoint, export. It knows no objective and no cluster.
+
+A step is a function of (weights, seed, step): rows, dropout and whatever else is random are drawn from the two numbers.
+So a training that was killed and resumed ends with the very weights of one that was not, as long as its layout
+(workers, threads, kind of machine) is the same; another layout changes rounding only.
+"""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from model.weights import digest
+from schemas.errors import ConfigError
+from schemas.recipe import Config
+from train.batches import Rows, batch_indices, worker_share
+from train.checkpoint import TrainingIdentity, restore_latest, save_checkpoint
+from train.files import write_text
+from train.losses import Term
+from train.optim import OptimConfig, build_optimizer, learning_rate, set_learning_rate
+from train.parallelize import barrier, num_workers, rank, reduce_step, share_batch_norm
+from train.progress import ProgressLog, read_losses
+
+LOCK_WAIT_S = 60.0
+SEED_LIMIT = 2**63
+
+
+class ExecutionConfig(Config):
+    """How a training runs, which leaves its result alone up to rounding: no part of its identity."""
+
+    num_workers: int = Field(default=1, ge=1)
+    num_threads: int = Field(default=2, ge=1)
+    """CPU threads, and CPUs asked of Ray, for each worker. Another number rounds differently."""
+    use_gpu: bool = False
+    checkpoint_every: int = Field(default=100, ge=1)
+    keep_last: int = Field(default=2, ge=1)
+    log_every: int = Field(default=10, ge=1)
+    max_failures: int = Field(default=3, ge=0)
+    """How often Ray restarts the workers before it gives up."""
+
+
+class TrainingConfig(Config):
+    """What all trainings share. A step reads `batch_size` rows over all workers."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    seed: int = Field(default=0, ge=0)
+    optim: OptimConfig = OptimConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> Self:
+        if self.batch_size < self.execution.num_workers:
+            raise ValueError(f"found batch_size {self.batch_size}, expected at least one row for each worker")
+        return self
+
+
+class Objective(Protocol):
+    """What is trained, on what. It is sent to the workers, so it holds options and paths, never networks."""
+
+    @property
+    def config(self) -> TrainingConfig:
+        """The options."""
+        ...
+
+    def num_rows(self) -> int:
+        """Rows of the data."""
+        ...
+
+    def build_model(self) -> nn.Module:
+        """A network with fresh weights, drawn from torch's generator."""
+        ...
+
+    def initial_state(self, model: nn.Module) -> dict[str, Tensor]:
+        """Tensors beyond weights that later steps depend on; they are kept in checkpoints and changed in place."""
+        ...
+
+    def start(self, model: nn.Module, device: torch.device) -> None:
+        """Called once, before step 0, on all workers alike."""
+        ...
+
+    def loss(self, model: nn.Module, rows: Rows, device: torch.device, state: dict[str, Tensor]) -> dict[str, Term]:
+        """The terms of these rows. The one named `loss` is trained on."""
+        ...
+
+    def finish_step(self, model: nn.Module, step: int, device: torch.device, state: dict[str, Tensor]) -> None:
+        """Called after the update of step `step`, on all workers alike."""
+        ...
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        """Write the trained weights, at once."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainingFolder:
+    """Where a training keeps what. Nothing else writes here."""
+
+    path: Path
+
+    @property
+    def identity(self) -> Path:
+        """Whose folder this is."""
+        return self.path / "training.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the one process that writes."""
+        return self.path / "lock"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints of the training in progress."""
+        return self.path / "checkpoints"
+
+    @property
+    def progress(self) -> Path:
+        """Logged steps."""
+        return self.path / "progress.jsonl"
+
+    @property
+    def weights(self) -> Path:
+        """The exported network."""
+        return self.path / "weights"
+
+    @property
+    def result(self) -> Path:
+        """Written last: the training is finished."""
+        return self.path / "result.json"
+
+
+Report = Callable[[Mapping[str, float]], None]
+
+
+def run_loop(objective: Objective, identity: TrainingIdentity, storage: Path, report: Report | None = None) -> None:
+    """Train to the end, from the newest checkpoint in `storage` if there is one. Called by every worker.
+
+    Rank 0 leaves the exported weights and `result.json`. `report` is called by all workers after each checkpoint.
+
+    Raises: ConfigError if the folder holds another training, another process trains in it, or the loss is not finite.
+    """
+    config, folder = objective.config, TrainingFolder(storage)
+    use_exact_arithmetic(config.execution.num_threads)
+    device = _device(config.execution)
+    with _only_writer(folder.lock):
+        torch.manual_seed(_mixed(config.seed, 0))
+        model = objective.build_model().to(device).train()
+        share_batch_norm(model)
+        optimizer = build_optimizer(model, config.optim)
+        state = objective.initial_state(model)
+        first = restore_latest(folder.checkpoints, model, optimizer, state, identity)
+        if first == 0:
+            objective.start(model, device)
+        log = ProgressLog(folder.progress, config.steps, first) if rank() == 0 else None
+        began = time.monotonic()
+        for step in range(first, config.steps):
+            figures = _train_step(objective, model, optimizer, step, device, state)
+            done = step + 1
+            if log is not None and (done % config.execution.log_every == 0 or done == config.steps):
+                log.write(done, figures, time.monotonic() - began)
+            if done % config.execution.checkpoint_every == 0 and done < config.steps:
+                keep_last = config.execution.keep_last
+                save_checkpoint(folder.checkpoints, done, model, optimizer, state, identity, keep_last=keep_last)
+                if report is not None:
+                    report({"step": done, **figures})
+        if rank() == 0:
+            _finish(objective, model, folder, config.steps)
+        barrier()
+
+
+def use_exact_arithmetic(num_threads: int) -> None:
+    """Make this process compute the same bits each time: fixed threads, deterministic kernels."""
+    torch.set_num_threads(num_threads)
+    torch.use_deterministic_algorithms(True)
+    # Filling fresh memory with NaN finds bugs in kernels, at the price of writing everything twice.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _train_step(
+    objective: Objective,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    device: torch.device,
+    state: dict[str, Tensor],
+) -> dict[str, float]:
+    config = objective.config
+    torch.manual_seed(_mixed(config.seed, step + 1, rank()))  # dropout
+    rows = worker_share(
+        batch_indices(config.seed, step, config.batch_size, objective.num_rows()), rank(), num_workers()
+    )
+    optimizer.zero_grad(set_to_none=True)
+    terms = objective.loss(model, rows, device, state)
+    terms["loss"].total.backward()
+    figures = reduce_step(model, terms)
+    norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm))
+    rate = learning_rate(config.optim, step, config.steps)
+    if not norm < float("inf"):
+        raise ConfigError(
+            f"step {step}: found the loss {figures['loss']} and the gradient norm {norm}, expected finite numbers; "
+            f"lower optim.learning_rate (now {config.optim.learning_rate}) or raise optim.warmup_steps"
+        )
+    set_learning_rate(optimizer, rate)
+    optimizer.step()
+    objective.finish_step(model, step, device, state)
+    return {**figures, "grad_norm": norm, "learning_rate": rate}
+
+
+def _finish(objective: Objective, model: nn.Module, folder: TrainingFolder, steps: int) -> None:
+    objective.export(model.eval(), folder.weights)
+    result = {"step": steps, "checkpoint_digest": digest(folder.weights), "losses": read_losses(folder.progress)}
+    write_text(folder.result, json.dumps(result, sort_keys=True) + "\n")
+
+
+def write_identity(folder: TrainingFolder, identity: TrainingIdentity) -> None:
+    """Make the folder this training's own, or see that it is.
+
+    Raises: ConfigError if it is another's.
+    """
+    if folder.identity.exists():
+        identity.check(json.loads(folder.identity.read_text(encoding="utf-8")), folder.path)
+    else:
+        write_text(folder.identity, json.dumps(asdict(identity), sort_keys=True) + "\n")
+
+
+def _device(execution: ExecutionConfig) -> torch.device:
+    if not execution.use_gpu:
+        return torch.device("cpu")
+    import ray.train.torch
+
+    device: torch.device = ray.train.torch.get_device()
+    return device
+
+
+@contextmanager
+def _only_writer(lock: Path) -> Iterator[None]:
+    """Hold the folder while the block runs. A killed process lets go of it at once, a dying one within moments.
+
+    Raises: ConfigError if another process keeps it.
+    """
+    if rank() != 0:
+        yield
+        return
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a+") as file:
+        _acquire(file, lock)
+        yield
+
+
+def _acquire(file: Any, lock: Path) -> None:
+    waited_until = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > waited_until:
+                raise ConfigError(
+                    f"another process trains in {lock.parent}: it has held {lock.name} for {LOCK_WAIT_S:.0f} s. "
+                    "Wait for it, or stop it"
+                ) from None
+            time.sleep(0.2)
+        else:
+            file.truncate(0)
+            file.write(f"{os.uname().nodename} {os.getpid()}\n")
+            file.flush()
+            return
+
+
+def _mixed(*numbers: int) -> int:
+    """Numbers -> one seed, unlike that of their neighbours."""
+    import numpy as np
+
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] % SEED_LIMIT)
