@@ -460,12 +460,11 @@ def _plan_refused_videos(noise_seed: int) -> Iterator[PlannedFile]:
     yield refused("small.mp4", "a small video", "resolution", 24, lambda: _render_shot(Shot("cat", 48, 1), (426, 320)))
     yield refused("brief.mp4", "a third of a second", "duration", 24, lambda: _render_shot(Shot("coffee", 8, 2)))
     yield refused("frozen.mp4", "a photograph that never moves", "motion", 12, lambda: np.stack([_cropped("cat")] * 24))
-    yield refused("noise.mp4", "nothing but noise", "motion", 12, lambda: _noise(noise_seed, 24))
+    yield refused("whip_pan.mp4", "a camera torn aside", "motion", 12, lambda: _whip_pan(24))
+    yield refused("snow.mp4", "the snow of a television", "colour", 12, lambda: _snow(noise_seed, 24))
     yield refused("scrolling.mp4", "text scrolling by", "text", 12, lambda: _scrolling_text(24))
-    def barred() -> shapes.Pixels:
-        return _barred(_render_shot(Shot("cat", 48, 3)))
-
-    yield refused("bars.mp4", "a video between black bars", "letterbox", 24, barred)
+    bars = partial(_barred_video, Shot("cat", 48, 3))
+    yield refused("bars.mp4", "a video between black bars", "letterbox", 24, bars)
 
 
 def _call(make: Callable[[], shapes.Pixels], encode: Callable[[shapes.Pixels], bytes]) -> bytes:
@@ -473,11 +472,12 @@ def _call(make: Callable[[], shapes.Pixels], encode: Callable[[shapes.Pixels], b
 
 
 def _levels(image: shapes.Pixels, gain: float, offset: float) -> shapes.Pixels:
-    return np.clip(np.rint(image * gain + offset), 0, 255).astype(np.uint8)
+    levelled: shapes.Pixels = np.clip(np.rint(image * gain + offset), 0, 255).astype(np.uint8)
+    return levelled
 
 
 def _blurred(image: shapes.Pixels) -> shapes.Pixels:
-    return cv2.GaussianBlur(image, (0, 0), 14).astype(np.uint8)
+    return np.asarray(cv2.GaussianBlur(image, (0, 0), 14), dtype=np.uint8)
 
 
 def _barred(frames: shapes.Pixels) -> shapes.Pixels:
@@ -487,10 +487,21 @@ def _barred(frames: shapes.Pixels) -> shapes.Pixels:
     return barred
 
 
-def _noise(seed: int, num_frames: int) -> shapes.Pixels:
-    """Grey noise: too weak for the cut detector to see cuts in it, strong enough to be all there is to see."""
-    rng = np.random.default_rng(seed)
+def _barred_video(shot: Shot) -> shapes.Pixels:
+    return _barred(_render_shot(shot))
+
+
+def _whip_pan(num_frames: int) -> shapes.Pixels:
+    """A pan of about a fifth of the frame each half second, five times as fast as the others."""
     width, height = PHOTO_SIZE
+    image = _fit("astronaut", PHOTO_SIZE, 2.0)
+    return np.stack([image[:height, 20 * index : 20 * index + width] for index in range(num_frames)])
+
+
+def _snow(seed: int, num_frames: int) -> shapes.Pixels:
+    """Grey noise, too weak for ContentDetector to see cuts in it."""
+    width, height = PHOTO_SIZE
+    rng = np.random.default_rng(seed)
     coarse = rng.normal(128, 40, (num_frames, height // 16, width // 16)).clip(0, 255).astype(np.uint8)
     return np.stack([np.repeat(cv2.resize(frame, PHOTO_SIZE)[..., None], 3, axis=2) for frame in coarse])
 

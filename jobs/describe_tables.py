@@ -28,7 +28,7 @@ def tables_as_markdown(tables: Sequence[Table]) -> str:
 
 
 def tables_as_print(tables: Sequence[Table]) -> str:
-    """Tables -> the frozen print: names, types, keys, and which columns may be null. No meanings: those may be reworded."""
+    """Tables -> the frozen print: names, types, keys, what may be null. Meanings are left out: they may be reworded."""
     return "\n".join(line for table in tables for line in _print(table)) + "\n"
 
 
@@ -45,7 +45,11 @@ def _section(table: Table) -> Iterator[str]:
 def _print(table: Table) -> Iterator[str]:
     yield f"{table.name} ({', '.join(table.key)}){' ledger' if table.ledger else ''}"
     for column in table.columns:
-        marks = [_type(column), "nullable" if column.nullable else "required", "provenance" if column.provenance else ""]
+        marks = [
+            _type(column),
+            "nullable" if column.nullable else "required",
+            "provenance" if column.provenance else "",
+        ]
         yield f"  {column.name}: {' '.join(mark for mark in marks if mark)}"
 
 

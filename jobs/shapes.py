@@ -20,10 +20,10 @@ Pixels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 
 COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (226, 40, 36),
-    "green": (40, 186, 60),
-    "blue": (44, 84, 236),
-    "yellow": (240, 212, 40),
+    "red": (250, 70, 60),
+    "green": (50, 200, 75),
+    "blue": (70, 125, 255),
+    "yellow": (245, 220, 50),
 }
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -105,7 +105,7 @@ def make_scene(facts: ShapeFacts, seed: int) -> ShapeScene:
         axis = 0 if step[0] else 1
         slack = float(rng.uniform(0.0, high - low - MAX_TRAVEL))
         centre[axis] = low + slack if step[axis] > 0 else high - slack
-    grey = int(rng.integers(50, 71))
+    grey = int(rng.integers(42, 63))
     ground = tuple(int(grey + rng.integers(-2, 3)) for _ in range(3))
     return ShapeScene(facts, (centre[0], centre[1]), radius, (ground[0], ground[1], ground[2]))
 

@@ -113,7 +113,8 @@ def _time_of(lake: Lake, name: str, tagged: Mapping[str, int]) -> int:
         ends = lake.read_where(RUNS, "run_id", [sets["run_id"][0].as_py()], ["status", "at"])
         ends = ends.filter(pc.equal(ends["status"], "done"))
         if len(ends):
-            return math.ceil(ends["at"][0].as_py().timestamp() * 1000)
+            end: datetime = ends["at"][0].as_py()
+            return math.ceil(end.timestamp() * 1000)
     by_name = {table.name: table for table in TABLES}
     return max(lake.snapshot_time_ms(by_name[table], snapshot_id) for table, snapshot_id in tagged.items())
 

@@ -7,6 +7,7 @@ under a name made from its content, so the same code is uploaded once.
 
 import asyncio
 import importlib.metadata
+import logging
 import os
 import shlex
 import shutil
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_SETTINGS = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 PACKAGES = ("jobs", "model", "pipeline", "schemas", "train")
+CHATTY = ("ray._private.runtime_env.packaging", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
 FORWARDED = ("OUTBACK_FILES",)
 START_ONE = "start a cluster with `ray start --head` in Outback's environment, or give --address http://HEAD:8265"
 CONNECT_SECONDS = 5
@@ -47,7 +49,9 @@ def submit(command: Sequence[str], *, address: str | None, lake: str, follow: bo
     Raises: ConfigError if the command cannot be submitted or no cluster answers, TransientError if the log is lost.
     """
     if command[:1] and command[0] in NOT_SUBMITTED:
-        raise ConfigError(f"`outback {command[0]}` is for this machine; submit what reads or writes a lake, as `-- scan`")
+        raise ConfigError(
+            f"`outback {command[0]}` is for this machine; submit what reads or writes a lake, as `-- scan`"
+        )
     client = connect(address)
     with shipped_code() as folder:
         job_id = client.submit_job(
@@ -77,22 +81,24 @@ def connect(address: str | None) -> "JobSubmissionClient":
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
     with _address_in_environment(given):
         try:
             return JobSubmissionClient(given, headers=token_header(os.environ, Path.home()))
         except AuthenticationError as error:
             raise ConfigError(
-                f"the cluster at {given} asks for a token: copy ~/.ray/auth_token from its head node to this machine, or "
-                f"set RAY_AUTH_TOKEN. It said: {str(error).splitlines()[0]}"
+                f"the cluster at {given} asks for a token: copy ~/.ray/auth_token from its head node to this machine, "
+                f"or set RAY_AUTH_TOKEN. It said: {str(error).splitlines()[0]}"
             ) from error
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConfigError(f"no Ray dashboard answers at {given} ({error}); {START_ONE}") from error
 
 
 def token_header(environment: Mapping[str, str], home: Path) -> dict[str, str]:
-    """Environment -> the header that carries the cluster's token, empty without one. A cluster without tokens ignores it.
+    """Environment -> the header that carries the cluster's token, empty without one. An open cluster ignores it.
 
-    Ray's own client sends a token only after RAY_AUTH_MODE was set in its environment, while `ray start` needs no setting.
+    Ray's own client sends a token only if RAY_AUTH_MODE was set in its environment, while `ray start` needs no setting.
     """
     if environment.get("RAY_AUTH_MODE", "token").lower() != "token":
         return {}
@@ -106,8 +112,9 @@ def token_header(environment: Mapping[str, str], home: Path) -> dict[str, str]:
 def entrypoint(command: Sequence[str], folder: Path) -> str:
     """Arguments of `outback` -> the shell line that Ray runs on the cluster's head.
 
-    Ray runs it with the head's PATH, where `python` may be one without Ray, so candidates are tried: OUTBACK_CLUSTER_PYTHON,
-    this process's interpreter, then those on PATH. The shipped code comes first, whatever the current folder holds.
+    Ray runs it with the head's PATH, where `python` may be one without Ray. So OUTBACK_CLUSTER_PYTHON is taken, or else
+    the first of this process's interpreter and those on PATH that has Ray. The shipped code comes first on the import
+    path, whatever the current folder holds.
     """
     chosen = os.environ.get("OUTBACK_CLUSTER_PYTHON")
     candidates = [chosen] if chosen else [sys.executable, "python3", "python"]
@@ -147,7 +154,9 @@ def shipped_code() -> Iterator[Path]:
         version = importlib.metadata.version("outback")
         info = folder / f"outback-{version}.dist-info"
         info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: outback\nVersion: {code_version()}\n", encoding="utf-8")
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: outback\nVersion: {code_version()}\n", encoding="utf-8"
+        )
         yield folder
 
 
@@ -185,8 +194,8 @@ def _exit_code(client: "JobSubmissionClient", job_id: str) -> int:
     code = info.driver_exit_code
     if code in EXIT_CODES and code:
         return int(code)
-    # The log has been printed already, and Ray repeats its end in the message.
-    print(f"{job_id} ended with {info.status} (exit code {code}): {(info.message or '').splitlines()[:1]}", file=sys.stderr)
+    reason = (info.message or "no reason given").splitlines()[0]  # the lines after it repeat the log
+    print(f"{job_id} ended with {info.status}, exit code {code}: {reason}", file=sys.stderr)
     return EXIT_FAILED
 
 

@@ -15,19 +15,28 @@ EMU3_NEGATIVE_PROMPT = (
 )
 
 
-class SamplingConfig(Config):
-    """How the next token is chosen. The defaults are the published ones.
+class DrawConfig(Config):
+    """How one of the scored tokens is chosen.
 
     temperature: 0 always takes the best token.
-    top_k: how many of the best tokens may be drawn; None for all. The paper's evaluations use 16384.
+    top_k: how many of the best tokens may be drawn; None for all.
+    top_p: the smallest set of best tokens with at least this probability may be drawn.
+    """
+
+    temperature: float = Field(default=1.0, ge=0)
+    top_k: int | None = Field(default=None, ge=1)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+
+
+class SamplingConfig(DrawConfig):
+    """How codes are chosen. The defaults are the published ones; the paper's evaluations use top_k 16384.
+
     guidance: 1 is off, and costs half; the paper's evaluations use 5 and 5.5.
     negative_prompt: what guidance steers away from. Published demonstrations use `EMU3_NEGATIVE_PROMPT`; the empty
         text is what models see in training when captions are dropped.
     """
 
-    temperature: float = Field(default=1.0, ge=0)
     top_k: int | None = Field(default=2048, ge=1)
-    top_p: float = Field(default=1.0, gt=0, le=1)
     guidance: float = Field(default=3.0, ge=0)
     negative_prompt: str = ""
 
@@ -55,7 +64,7 @@ def keep_likely(scores_RV: Tensor, top_k: int | None, top_p: float) -> Tensor:
     return scores_RV
 
 
-def choose(scores_RV: Tensor, uniforms_R: Tensor, config: SamplingConfig) -> Tensor:
+def choose(scores_RV: Tensor, uniforms_R: Tensor, config: DrawConfig) -> Tensor:
     """Scores and one number in [0, 1) each -> the chosen index of each row, int64.
 
     The number is looked up on the cumulative distribution, so a row's choice depends on its own number and scores.

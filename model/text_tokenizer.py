@@ -152,10 +152,6 @@ class TinyBpe:
         """The tokenizer's serialisation, which the constructor reads back."""
         return str(self._tokenizer.to_str())
 
-    def to_json(self) -> str:
-        """All of the tokenizer as one JSON document, which the class itself takes."""
-        return str(self._tokenizer.to_str())
-
     def save(self, path: Path) -> None:
         """Write the tokenizer into a folder, or to a file named `*.json`."""
         file = path if path.suffix == ".json" else path / TINY_FILE

@@ -52,7 +52,7 @@ FEW_KEYS = 64  # PyIceberg prunes by up to 200
 
 @dataclass(frozen=True)
 class WrittenFiles:
-    """Parquet files a worker wrote for one table, not yet published. Small and picklable: it crosses the object store."""
+    """Parquet files a worker wrote for one table, not yet published. Small and picklable: crosses the object store."""
 
     table: str
     data_files: bytes
@@ -86,8 +86,8 @@ class _SeenKeys:
 class Lake:
     """A catalog of Outback's tables plus a folder for what is not a table (checkpoints, generated files).
 
-    `where` is a folder (SQLite catalog and files inside it, made on first use) or `catalog:NAME`, a catalog of PyIceberg's
-    own configuration; then OUTBACK_FILES names the folder for files. Instances are picklable and cheap to reopen.
+    `where` is a folder (SQLite catalog and files inside it, made on first use) or `catalog:NAME`, a catalog of
+    PyIceberg's own configuration; then OUTBACK_FILES names the folder for files. Instances are picklable and cheap to reopen.
     """
 
     def __init__(self, where: str | Path) -> None:
@@ -130,7 +130,7 @@ class Lake:
         where: "BooleanExpression | None" = None,
         at: "int | None" = None,
     ) -> pa.Table:
-        """Rows of `table` at snapshot `at` (default: now) as Arrow with the table's own types, in no particular order."""
+        """Rows of `table` at snapshot `at` (default: now) as Arrow of the table's own types, in no particular order."""
         names = list(columns) if columns is not None else table.names
         schema = pa.schema([table.arrow_schema.field(name) for name in names])
         handle = self._load(table)
@@ -196,7 +196,7 @@ class Lake:
         return snapshot.snapshot_id if snapshot is not None else None
 
     def snapshot_time_ms(self, table: Table, snapshot_id: int) -> int:
-        """When a snapshot was committed, in milliseconds since 1970. Raises: ConfigError if there is none of that id."""
+        """When a snapshot was committed, in milliseconds since 1970. Raises: ConfigError if there is no such one."""
         handle = self._load(table)
         snapshot = handle.snapshot_by_id(snapshot_id) if handle is not None else None
         if snapshot is None:
@@ -211,11 +211,7 @@ class Lake:
     def tags(self, table: Table) -> dict[str, int]:
         """Tag name -> snapshot id."""
         handle = self._load(table)
-        if handle is None:
-            return {}
-        return {
-            name: ref.snapshot_id for name, ref in handle.metadata.refs.items() if ref.snapshot_ref_type.value == "tag"
-        }
+        return _tags_of(handle) if handle is not None else {}
 
     def content_sha256(self, table: Table, at: "int | None" = None) -> str:
         """SHA-256 over the rows' content, provenance left out: equal for lakes that hold the same."""
@@ -314,16 +310,16 @@ class Lake:
         Raises: ConfigError if the name is taken by another snapshot.
         """
         for attempt in range(COMMIT_ATTEMPTS):
-            taken = self.tags(table).get(name)
+            # Checked on the very handle that commits: from a handle that knows the tag, PyIceberg would move it.
+            handle = self._load_for_write(table)
+            taken = _tags_of(handle).get(name)
             if taken == snapshot_id:
                 return
             if taken is not None:
-                raise ConfigError(
-                    f"tag {name!r} of {table.name} names snapshot {taken}; tags never move. Choose another name"
-                )
-            handle = self._load_for_write(table)
+                raise ConfigError(f"tag {name!r} of {table.name} names snapshot {taken}; tags never move, take another")
             with _contention(attempt, table):
                 handle.manage_snapshots().create_tag(snapshot_id, name).commit()
+                return
         raise TransientError(f"tag {name!r} of {table.name} could not be set in {COMMIT_ATTEMPTS} attempts")
 
     # --- inside ---
@@ -424,8 +420,8 @@ class Lake:
         )
 
     def _create_embedded(self) -> None:
-        # Creating an SQLite catalog is racy in PyIceberg: processes that start together take turns here. The database is
-        # made beside its place and moved into it whole, so a process killed in between leaves nothing half made.
+        # Creating an SQLite catalog is racy in PyIceberg: processes that start together take turns here. The database
+        # is made beside its place and moved into it whole, so a process killed in between leaves nothing half made.
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._creation_lock():
             if (self.folder / "catalog.db").exists():
@@ -478,9 +474,10 @@ class Lake:
 
 @cache
 def _remembering_catalog() -> "type[Catalog]":
-    """PyIceberg's SQL catalog, made quick for a process that loads and commits a dozen tables: a metadata file is parsed
-    once, for files never change; and the deep copies that a transaction takes of metadata at every step share the
-    snapshots, which nobody changes either. Without that a commit slows down with every commit before it.
+    """PyIceberg's SQL catalog, made quick for a process that loads and commits a dozen tables.
+
+    A metadata file is parsed once, for files never change; and the deep copies that a transaction takes of metadata at
+    every step share the snapshots, which nobody changes either. Otherwise each commit would slow down all later ones.
     """
     from pyiceberg.catalog.sql import IcebergTables, SqlCatalog
     from pyiceberg.table import CommitTableResponse, Table
@@ -523,12 +520,17 @@ def _key_strings(table: Table, rows: pa.Table) -> list[str]:
     return keys
 
 
+def _tags_of(handle: "IcebergTable") -> dict[str, int]:
+    refs = handle.metadata.refs.items()
+    return {name: ref.snapshot_id for name, ref in refs if ref.snapshot_ref_type.value == "tag"}
+
+
 def _keys_in(table: Table, handle: "IcebergTable", path: str) -> list[str]:
     return _key_strings(table, _read_columns(handle, path, table.key))
 
 
 def _snapshots_since(handle: "IcebergTable", snapshot: "Snapshot", since: int | None) -> "list[Snapshot] | None":
-    """The snapshots after `since` up to `snapshot`; None if `since` is not among its ancestors or rows were rewritten."""
+    """The snapshots after `since` up to `snapshot`; None if `since` is no ancestor of it or rows were rewritten."""
     found: list[Snapshot] = []
     current: Snapshot | None = snapshot
     while since is not None and current is not None and current.snapshot_id != since:
@@ -591,13 +593,27 @@ def _conform(rows: pa.Table, schema: pa.Schema) -> pa.Table:
 
 @contextlib.contextmanager
 def _contention(attempt: int, table: Table) -> Iterator[None]:
-    """Swallow what another writer's commit or a busy SQLite raises, after a growing random pause; the caller tries again."""
-    from pyiceberg.exceptions import CommitFailedException, ServerError
+    """Swallow what a commit raises when others commit too, after a growing random pause; the caller tries again."""
+    from pyiceberg.exceptions import (
+        CommitFailedException,
+        CommitStateUnknownException,
+        ServerError,
+        ServiceUnavailableError,
+        TooManyRequestsError,
+    )
     from sqlalchemy.exc import OperationalError
+
+    busy = (
+        CommitFailedException,
+        CommitStateUnknownException,
+        ServerError,
+        ServiceUnavailableError,
+        TooManyRequestsError,
+    )
 
     try:
         yield
-    except (CommitFailedException, ServerError, OperationalError) as error:
+    except (*busy, OperationalError) as error:
         if isinstance(error, OperationalError) and "locked" not in str(error) and "busy" not in str(error):
             raise TransientError(f"the catalog failed while {table.name} was committed: {error}") from error
         time.sleep(random.uniform(0.02, min(2.0, 0.05 * 2**attempt)))

@@ -15,6 +15,8 @@ from model.vision_tokenizer.encoder import Encoder
 from model.vision_tokenizer.quantizer import Quantizer
 from schemas.errors import RowError
 
+PIXELS_PER_PASS = 1 << 20  # four frames of 512 x 512, which the published size encodes in a few GB
+
 
 @dataclass(frozen=True)
 class TokenizerOutput:
@@ -79,15 +81,25 @@ class VisionTokenizer(nn.Module):
         return pixels_BTCHW[:, 0] if is_image else pixels_BTCHW
 
     def encode_chunks(self, pixels_BTCHW: Tensor) -> Tensor:
-        """Like `encode` of a clip, each four frames on their own: the use that the published weights were made for."""
+        """Like `encode` of a clip, each four frames on their own: the use that the published weights were made for.
+
+        Chunks go through the network a few at a time, so a long clip needs no more memory than a short one.
+        """
         self._check_size(pixels_BTCHW)
         chunks = torch.unflatten(pixels_BTCHW, 1, (-1, self.config.temporal_downsample_factor)).flatten(0, 1)
-        return torch.unflatten(self.encode(chunks).squeeze(1), 0, (len(pixels_BTCHW), -1))
+        parts = torch.split(chunks, self._chunks_per_pass(*chunks.shape[-2:]))
+        return torch.unflatten(torch.cat([self.encode(part).squeeze(1) for part in parts]), 0, (len(pixels_BTCHW), -1))
 
     def decode_chunks(self, codes_Bthw: Tensor) -> Tensor:
-        """Like `decode` of a clip, each latent frame on its own."""
-        pixels_BTCHW = self.decode(codes_Bthw.flatten(0, 1).unsqueeze(1))
-        return torch.unflatten(pixels_BTCHW.flatten(0, 1), 0, (len(codes_Bthw), -1))
+        """Like `decode` of a clip, each latent frame on its own, a few at a time."""
+        side = self.config.spatial_factor
+        num_chunks = self._chunks_per_pass(codes_Bthw.shape[-2] * side, codes_Bthw.shape[-1] * side)
+        parts = torch.split(codes_Bthw.flatten(0, 1).unsqueeze(1), num_chunks)
+        pixels_BTCHW = torch.cat([self.decode(part).flatten(0, 1) for part in parts])
+        return torch.unflatten(pixels_BTCHW, 0, (len(codes_Bthw), -1))
+
+    def _chunks_per_pass(self, height: int, width: int) -> int:
+        return max(1, PIXELS_PER_PASS // (self.config.temporal_downsample_factor * height * width))
 
     def latents(self, pixels_BTCHW: Tensor) -> Tensor:
         """Pixels -> latents before quantising, (B, embed_dim, t, h, w), with gradients. Images are repeated.

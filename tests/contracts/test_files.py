@@ -64,7 +64,9 @@ def test_local_paths_are_told_from_others(text: str, found: bool) -> None:
 
 def test_no_file_has_the_name_of_a_standard_library_module() -> None:
     """Run as a script, `jobs/tokenize.py` would be what Python's own `inspect` imports."""
-    taken = [str(path) for path, _ in python_files() if path.stem in sys.stdlib_module_names and path.stem != "__main__"]
+    taken = [
+        str(path) for path, _ in python_files() if path.stem in sys.stdlib_module_names and path.stem != "__main__"
+    ]
     assert not taken
 
 

@@ -11,7 +11,9 @@ PACKAGES = ("jobs", "model", "pipeline", "schemas", "train")
 
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
-    program = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_logo=True, cache_dir=None))"
+    program = (
+        "import sys; from importlinter.cli import lint_imports as run; sys.exit(run(no_logo=True, cache_dir=None))"
+    )
     return subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False)
 
 

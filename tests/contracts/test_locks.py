@@ -41,7 +41,9 @@ def test_the_lock_satisfies_pyproject(checkout: Path, name: str) -> None:
     additions = requirements((checkout / "lock" / "additions.txt").read_text())
     left_out = {override.name for override in overrides if override.marker and not override.marker.evaluate()}
     locked = pins((checkout / "lock" / name).read_text())
-    assert not unsatisfied(wanted + additions + [o for o in overrides if not o.marker], left_out, locked), "run `make lock`"
+    assert not unsatisfied(wanted + additions + [o for o in overrides if not o.marker], left_out, locked), (
+        "run `make lock`"
+    )
     assert not left_out & locked.keys()
 
 

@@ -32,8 +32,8 @@ def test_table_names_are_distinct() -> None:
 def test_the_tables_are_those_of_the_frozen_print(checkout: Path) -> None:
     frozen = (checkout / "tests" / "contracts" / "tables.txt").read_text(encoding="utf-8")
     assert tables_as_print(TABLES) == frozen, (
-        "schemas/ and the frozen print differ. Lakes on disk have the frozen columns: add nullable columns, never rename, "
-        "retype or remove one. If that is what happened, `make docs` renews the print; name the change in CHANGELOG.md."
+        "schemas/ and the frozen print differ. Lakes on disk have the frozen columns: add nullable columns, never "
+        "rename, retype or remove one. If so, `make docs` renews the print; name the change in CHANGELOG.md."
     )
 
 

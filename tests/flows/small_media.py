@@ -24,7 +24,7 @@ def write_video(path: Path, seed: int, shots: int = 2, frames_per_shot: int = 20
         stream.pix_fmt = "yuv420p"
         for shot in range(shots):
             # Alternate dark and light shots: a cut that nobody can miss.
-            low, high = (20, 110) if shot % 2 else (140, 240)
+            low, high = (140, 240) if shot % 2 else (20, 110)
             small = rng.integers(low, high, (6, 12, 3), dtype=np.uint8)
             wide = np.asarray(Image.fromarray(small).resize((side_px * 2, side_px), Image.Resampling.BICUBIC))
             for index in range(frames_per_shot):

@@ -1,3 +1,4 @@
+import asyncio
 import contextlib
 import json
 import os
@@ -7,14 +8,29 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from ray.job_submission import JobStatus
 
-from jobs.submit import PACKAGES, connect, entrypoint, job_settings, shipped_code, submit, token_header
+from jobs.submit import (
+    PACKAGES,
+    _exit_code,
+    _interrupted,
+    _print_log,
+    connect,
+    entrypoint,
+    job_settings,
+    shipped_code,
+    submit,
+    token_header,
+)
 from schemas.errors import ConfigError
+from tests.conftest import CHECKOUT
 
 ARGUMENTS = ["sql", "select 'it''s; $HOME `x`' as a, \"b\"", "--at", "état 1", "*.toml"]
 
@@ -67,7 +83,9 @@ def test_shipped_code_is_our_packages_and_can_be_imported() -> None:
         packages = {path.name for path in folder.iterdir() if not path.name.endswith(".dist-info")}
         assert packages == set(PACKAGES)
         assert not list(folder.rglob("__pycache__"))
-        program = "import importlib.metadata as m, jobs.cli, jobs.shipped; print(jobs.cli.__file__, m.version('outback'))"
+        program = (
+            "import importlib.metadata as m, jobs.cli, jobs.shipped; print(jobs.cli.__file__, m.version('outback'))"
+        )
         command = [sys.executable, "-P", "-c", program]
         found = subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True)
         file, version = found.stdout.decode().split()
@@ -125,6 +143,63 @@ def test_a_submission_cannot_be_submitted() -> None:
         submit(["submit", "--", "scan"], address=None, lake="lake")
 
 
+class FakeClient:
+    """A job server whose job ended as told, and whose log connection breaks as often as told."""
+
+    def __init__(self, status: str, exit_code: int | None = None, breaks: int = 0) -> None:
+        self.status, self.exit_code, self.breaks = JobStatus(status), exit_code, breaks
+        self.stopped: list[str] = []
+
+    def get_job_status(self, _: str) -> JobStatus:
+        return self.status
+
+    def get_job_info(self, _: str) -> SimpleNamespace:
+        return SimpleNamespace(status=self.status, driver_exit_code=self.exit_code, message="why\nlog")
+
+    def stop_job(self, job_id: str) -> bool:
+        self.stopped.append(job_id)
+        return True
+
+    async def tail_job_logs(self, _: str) -> AsyncIterator[str]:
+        yield "one\ntw"
+        if self.breaks:
+            self.breaks -= 1
+            raise RuntimeError("connection closed")
+        yield "o\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "exit_code", "answer"),
+    [
+        ("SUCCEEDED", 0, 0),
+        ("FAILED", 2, 2),
+        ("FAILED", 3, 3),
+        ("FAILED", -9, 1),
+        ("FAILED", None, 1),
+        ("STOPPED", 0, 1),
+    ],
+)
+def test_the_jobs_exit_code_is_ours(status: str, exit_code: int | None, answer: int) -> None:
+    assert _exit_code(cast(Any, FakeClient(status, exit_code)), "job") == answer
+
+
+@pytest.mark.parametrize("breaks", [0, 1, 2])
+def test_a_log_that_breaks_off_is_printed_once(breaks: int, capsys: pytest.CaptureFixture[str]) -> None:
+    asyncio.run(_print_log(cast(Any, FakeClient("SUCCEEDED", breaks=breaks)), "job"))
+    assert capsys.readouterr().out == "one\ntwo\n"
+
+
+@pytest.mark.parametrize(("answer", "stopped"), [("", ["job"]), ("y", ["job"]), ("n", []), (None, ["job"])])
+def test_an_interrupted_submission_asks_on_a_terminal_and_stops_the_job_elsewhere(
+    answer: str | None, stopped: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: answer is not None))
+    monkeypatch.setattr("builtins.input", lambda _: answer)
+    client = FakeClient("RUNNING")
+    assert _interrupted(cast(Any, client), "job") == 1
+    assert client.stopped == stopped
+
+
 # --- on a real cluster ---
 
 
@@ -136,11 +211,13 @@ class Cluster:
     home: Path
     environment: dict[str, str]
 
-    def outback(self, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    def outback(self, *arguments: str, cwd: Path, home: Path | None = None) -> subprocess.CompletedProcess[str]:
         """Run the command line against the cluster."""
         command = [sys.executable, "-m", "jobs.cli", *arguments]
-        environment = self.environment | settings
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        environment = self.environment | {"HOME": str(home or self.home), "PYTHONPATH": str(CHECKOUT)}
+        return subprocess.run(
+            command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=240, check=False
+        )
 
 
 def start_cluster(home: Path, auth_mode: str | None) -> Cluster:
@@ -181,32 +258,29 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 
 
 @pytest.mark.cluster
-def test_a_command_runs_on_the_cluster_and_its_log_and_exit_code_come_back(cluster: Cluster, tmp_path: Path) -> None:
-    lake = tmp_path / "lake"
-    text = tmp_path / "lines.txt"
-    text.write_text("one line\n")
-    with cluster_command(cluster, lake) as run:
-        done = run("show", "tables")
-        assert done.returncode == 2, done.stdout + done.stderr  # there is no lake yet: wrong usage, as on this machine
-        assert "there is no lake" in done.stdout
-        unknown = run("no-such-command")
-        assert unknown.returncode == 2
-        helped = run("--help")
-        assert helped.returncode == 0
-        assert "a trained Emu3 out" in helped.stdout
+def test_commands_run_on_the_cluster_and_their_logs_and_exit_codes_come_back(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "lines.txt").write_text("A red ball.\n")
+    (tmp_path / "texts" / "broken.mp4").write_bytes(b"no video")
 
+    def submitted(*command: str) -> subprocess.CompletedProcess[str]:
+        return cluster.outback("submit", "--address", cluster.address, "--lake", "lake", "--", *command, cwd=tmp_path)
 
-@contextlib.contextmanager
-def cluster_command(cluster: Cluster, lake: Path):  # type: ignore[no-untyped-def]
-    yield lambda *command: cluster.outback(
-        "submit", "--address", cluster.address, "--lake", str(lake), "--", *command
-    )
+    missing = submitted("scan")
+    assert missing.returncode == 2, missing.stdout + missing.stderr
+    assert "there is no lake" in missing.stdout
+    ingested = submitted("ingest", "texts", "--strict")  # a relative path, and one file that is no medium
+    assert ingested.returncode == 3, ingested.stdout + ingested.stderr
+    assert (tmp_path / "lake" / "catalog.db").exists()
+    scanned = submitted("scan")
+    assert scanned.returncode == 0, scanned.stdout + scanned.stderr
+    assert "scan" in scanned.stdout
 
 
 @pytest.mark.cluster
 def test_without_the_token_the_cluster_refuses_and_we_say_what_to_do(cluster: Cluster, tmp_path: Path) -> None:
     if cluster.environment.get("RAY_AUTH_MODE") == "disabled":
         pytest.skip("an open cluster asks for no token")
-    refused = cluster.outback("submit", "--address", cluster.address, "--", "show", "tables", HOME=str(tmp_path))
+    refused = cluster.outback("submit", "--address", cluster.address, "--", "scan", cwd=tmp_path, home=tmp_path)
     assert refused.returncode == 2
     assert "auth_token" in refused.stderr

@@ -1,5 +1,7 @@
 """Generation: documents always parse, seeds decide, the cache and the batch change nothing."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -138,6 +140,12 @@ def test_a_whole_clip_of_context_is_left_as_it_is(lm: LanguageModel) -> None:
     request = VisionRequest("x", "video", (2, 2, 2), context_codes=codes)
     assert np.array_equal(parsed(lm, generate_vision(lm, [request], GUIDED)[0]).codes, codes)
     assert generate_vision(lm, [], GUIDED) == []
+
+
+def test_half_precision_weights_generate(lm: LanguageModel) -> None:
+    halved = LanguageModel(copy.deepcopy(lm.transformer).to(torch.bfloat16), lm.vocabulary, lm.text)
+    for request, tokens in zip(REQUESTS, generate_vision(halved, REQUESTS, GUIDED), strict=True):
+        assert parsed(lm, tokens).grid == request.grid
 
 
 def test_impossible_requests_are_refused(lm: LanguageModel) -> None:

@@ -154,7 +154,9 @@ def test_latent_frames_are_causal() -> None:
     assert not torch.allclose(pixels[:, 8:], other_pixels[:, 8:])
 
 
-def test_chunks_are_clips_of_four_frames() -> None:
+@pytest.mark.parametrize("pixels_per_pass", [1 << 20, 3 * 4 * 16 * 24, 1])
+def test_chunks_are_clips_of_four_frames(monkeypatch: pytest.MonkeyPatch, pixels_per_pass: int) -> None:
+    monkeypatch.setattr("model.vision_tokenizer.tokenizer.PIXELS_PER_PASS", pixels_per_pass)
     tokenizer = random_tokenizer(CONFIG_A)
     clips = torch.rand(2, 8, 3, 16, 24) * 2 - 1
     codes = tokenizer.encode_chunks(clips)

@@ -1,0 +1,95 @@
+"""Answers in text: about an image, a clip, or nothing but the question. Only text ids and EOS may come.
+
+Shapes: B prompts, L new tokens, S tokens in all, V ids that may come next, D hidden.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from model.sampling import DrawConfig, choose
+from model.weights import LanguageModel
+from schemas.document import Tokens
+from schemas.errors import ConfigError
+
+
+class AnswerConfig(DrawConfig):
+    """How answers are chosen; greedy and up to 1024 tokens by default, as published."""
+
+    temperature: float = Field(default=0.0, ge=0)
+    max_new_tokens: int = Field(default=1024, ge=1)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The text, and whether the model ended it itself (or ran into the limit)."""
+
+    text: str
+    is_complete: bool
+
+
+@torch.no_grad()
+def generate_text(
+    lm: LanguageModel, prompts: Sequence[Tokens], config: AnswerConfig, *, seeds: Sequence[int] | None = None
+) -> list[Answer]:
+    """Prompts (`chat_prompt`, or a document up to its caption) -> an answer to each, in one batch.
+
+    A seed for each prompt decides its draws, whatever else is in the batch; 0 for all unless given.
+
+    Raises: ConfigError if a prompt leaves no room for an answer in the model's context; RuntimeError in train mode.
+    """
+    if lm.transformer.training:
+        raise RuntimeError("the transformer is in train mode, expected eval mode: call .eval() first")
+    if not prompts:
+        return []
+    longest, limit = max(map(len, prompts)), lm.transformer.config.max_position_embeddings
+    if longest >= limit:
+        raise ConfigError(f"found a prompt of {longest} tokens, expected fewer than {limit}, the model's context")
+    num_new = min(config.max_new_tokens, limit - longest)
+    generators = [torch.Generator().manual_seed(seed) for seed in (seeds or [0] * len(prompts))]
+    if len(generators) != len(prompts):
+        raise ValueError(f"found {len(generators)} seeds for {len(prompts)} prompts, expected one each")
+    uniforms_BL = torch.stack([torch.rand(num_new, generator=g, dtype=torch.float64) for g in generators])
+    answers = _decode(lm, [prompt.tolist() for prompt in prompts], uniforms_BL, config)
+    eos = lm.vocabulary.eos
+    return [
+        Answer(lm.text.decode(answer[:-1]), True) if answer[-1] == eos else Answer(lm.text.decode(answer), False)
+        for answer in answers
+    ]
+
+
+def _decode(lm: LanguageModel, prompts: list[list[int]], uniforms_BL: Tensor, config: AnswerConfig) -> list[list[int]]:
+    transformer, vocabulary = lm.transformer, lm.vocabulary
+    device = transformer.lm_head.weight.device
+    width = max(map(len, prompts))
+    padding_B = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
+    tokens_BL = torch.tensor([[vocabulary.pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    cache = transformer.new_cache(len(prompts), width + uniforms_BL.shape[1])
+    answers: list[list[int]] = [[] for _ in prompts]
+    active = list(range(len(prompts)))
+    for uniforms_B in uniforms_BL.T:
+        places_S = torch.arange(cache.length + tokens_BL.shape[1], device=device)
+        hidden_BLD = transformer.hidden(
+            tokens_BL,
+            positions_BL=(places_S[cache.length :] - padding_B.unsqueeze(1)).clamp_min(0),
+            kv_cache=cache,
+            attention_mask_BL=places_S >= padding_B.unsqueeze(1),
+        )
+        scores_BV = transformer.logits(hidden_BLD[:, -1], slice(0, vocabulary.eos + 1))
+        scores_BV[:, lm.text.num_text : vocabulary.eos] = -torch.inf
+        chosen = choose(scores_BV, uniforms_B[active].to(device), config).tolist()
+        for row, token in zip(active, chosen, strict=True):
+            answers[row].append(token)
+        going = [index for index, token in enumerate(chosen) if token != vocabulary.eos]
+        if not going:
+            break
+        tokens_BL = torch.tensor([[chosen[index]] for index in going], device=device)
+        if len(going) < len(active):
+            kept_B = torch.tensor(going, device=device)
+            cache.select(kept_B)
+            padding_B = padding_B[kept_B]
+            active = [active[index] for index in going]
+    return answers

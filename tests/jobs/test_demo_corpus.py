@@ -1,0 +1,197 @@
+"""The demo corpus: same seed, same bytes, whatever interrupts it; and a truth that independent tools confirm."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import av
+import cv2
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import shapes
+from jobs.demo_corpus import CorpusConfig, CorpusTruth, load_truth, make_corpus
+from schemas.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+SMALL = CorpusConfig(
+    num_shape_images=6, num_shape_videos=3, num_pans=1, num_zooms=1, num_cut_videos=1, num_fade_videos=1, pan_frames=48
+)
+CUTS_ONLY = CorpusConfig(
+    num_shape_images=0, num_shape_videos=2, num_pans=2, num_zooms=1, num_cut_videos=3, num_fade_videos=2
+)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    make_corpus(folder, seed=0, config=SMALL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def truth(corpus: Path) -> CorpusTruth:
+    return load_truth(corpus / "truth.json")
+
+
+def test_same_seed_gives_same_bytes_and_another_seed_others(corpus: Path, tmp_path: Path) -> None:
+    make_corpus(tmp_path / "again", seed=0, config=SMALL)
+    make_corpus(tmp_path / "other", seed=1, config=SMALL)
+    first, again, other = digests(corpus), digests(tmp_path / "again"), digests(tmp_path / "other")
+    assert first == again
+    assert first["shapes/image_0000.png"] != other["shapes/image_0000.png"]
+    assert first["photos/pan_00.mp4"] != other["photos/pan_00.mp4"]
+
+
+def test_killed_and_run_again_gives_the_same_folder(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    code = (
+        "import sys; from pathlib import Path; from jobs.demo_corpus import CorpusConfig, make_corpus; "
+        "make_corpus(Path(sys.argv[1]), 0, CorpusConfig.model_validate_json(sys.argv[2]))"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder), SMALL.model_dump_json()], env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (folder / "photos" / "cat.png").exists() and child.poll() is None:
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (folder / "truth.json").exists(), "the child was done before it was killed"
+    made_before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
+    assert made_before
+    make_corpus(folder, seed=0, config=SMALL)
+    assert digests(folder) == digests(corpus)
+    assert all(path.stat().st_mtime_ns == at for path, at in made_before.items()), "whole files were made again"
+
+
+def test_finished_corpus_is_left_alone(corpus: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
+    make_corpus(corpus, seed=0, config=SMALL)
+    assert {path: path.stat().st_mtime_ns for path in corpus.rglob("*")} == before
+
+
+def test_folder_of_another_corpus_is_refused(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"seed=0 \(asked for 3\)"):
+        make_corpus(corpus, seed=3, config=SMALL)
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(ConfigError, match="thesis.tex"):
+        make_corpus(tmp_path)
+
+
+def test_truth_names_every_file(corpus: Path, truth: CorpusTruth) -> None:
+    named = Counter(file.path for file in truth.files)
+    assert max(named.values()) == 1
+    sidecars = {path for path in digests(corpus) if path.startswith("photos/") and path.endswith((".json", ".txt"))}
+    assert digests(corpus).keys() - named.keys() - sidecars == {"plan.json", "truth.json", "shapes/manifest.jsonl"}
+    for source in truth.sources:
+        assert (corpus / source).exists()
+
+
+def test_captions_are_where_the_truth_says(corpus: Path, truth: CorpusTruth) -> None:
+    said = {}
+    for line in (corpus / "shapes/manifest.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row.keys() == {"path", "caption", "licence", "source"}
+        said[f"shapes/{row['path']}"] = (row["caption"], row["licence"])
+    for path in (corpus / "photos").glob("*.txt"):
+        said[str(path.relative_to(corpus).with_suffix(""))] = (path.read_text().strip(), None)
+    for path in (corpus / "photos").glob("*.json"):
+        row = json.loads(path.read_text())
+        said[str(path.relative_to(corpus).with_suffix(""))] = (row["caption"], row["licence"])
+    captioned = [file for file in truth.files if file.caption is not None]
+    for file in captioned:
+        key = file.path if file.path in said else str(Path(file.path).with_suffix(""))
+        assert said.pop(key) == (file.caption, file.licence)
+    assert not said
+
+
+def test_shapes_show_what_their_captions_say(corpus: Path, truth: CorpusTruth) -> None:
+    for file in truth.files:
+        if file.what == "shape":
+            facts = shapes.parse_caption(file.caption or "")
+            assert facts is not None
+            if file.kind == "image":
+                pixels = cv2.imread(str(corpus / file.path))[..., ::-1]
+                assert shapes.judge_shape(pixels) == (facts.colour, facts.shape)
+            else:
+                with av.open(str(corpus / file.path)) as container:
+                    frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+                assert len(frames) == file.num_frames
+                assert shapes.judge_shape(frames[12]) == (facts.colour, facts.shape)
+                assert shapes.judge_direction(frames) == facts.direction
+
+
+def test_videos_are_as_long_as_the_truth_says(corpus: Path, truth: CorpusTruth) -> None:
+    for file in truth.files:
+        if file.num_frames is not None:
+            with av.open(str(corpus / file.path)) as container:
+                stream = container.streams.video[0]
+                assert stream.average_rate == file.fps
+                assert sum(1 for _ in container.decode(stream)) == file.num_frames
+
+
+def test_copies_are_exact(corpus: Path, truth: CorpusTruth) -> None:
+    copies = [file for file in truth.files if file.duplicate_of]
+    assert {file.kind for file in copies} == {"image", "video"}
+    for file in copies:
+        assert (corpus / file.path).read_bytes() == (corpus / str(file.duplicate_of)).read_bytes()
+
+
+def test_nothing_decodes_in_files_that_fail_at_ingest(corpus: Path, truth: CorpusTruth) -> None:
+    for file in truth.files:
+        if file.outcome != "failed" or file.stage != "ingest" or file.reason == "WrongExtension":
+            continue
+        path = str(corpus / file.path)
+        if file.kind == "image":
+            whole = cv2.imread(path.replace("half.jpg", "bars.jpg"))
+            assert whole is not None, "the reader works"
+            assert (corpus / file.path).read_bytes()[-2:] != b"\xff\xd9"
+            assert b"IEND" not in (corpus / file.path).read_bytes()
+        else:
+            with pytest.raises(av.FFmpegError), av.open(path) as container:
+                next(container.decode(video=0))
+
+
+def test_texts_are_all_different(corpus: Path, truth: CorpusTruth) -> None:
+    rows = [json.loads(line)["text"] for line in (corpus / "texts/shapes.jsonl").read_text().splitlines()]
+    rows += pq.read_table(corpus / "texts/shapes.parquet")["text"].to_pylist()
+    rows.append((corpus / "texts/about_shapes.txt").read_text())
+    assert len(set(rows)) == len(rows) == SMALL.num_texts
+    assert sum(file.num_texts or 0 for file in truth.files) == SMALL.num_texts
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
+def test_scene_detector_finds_the_planted_cuts_and_no_others(seed: int, tmp_path: Path) -> None:
+    """PySceneDetect itself, over its own reader, is the reference."""
+    from scenedetect import ContentDetector, SceneManager, ThresholdDetector, open_video
+
+    truth = load_truth(make_corpus(tmp_path, seed, SMALL if seed == 0 else CUTS_ONLY))
+    checked = 0
+    for file in truth.files:
+        if file.kind != "video" or file.outcome == "failed" or file.duplicate_of:
+            continue
+        manager = SceneManager()
+        manager.add_detector(ContentDetector())
+        manager.add_detector(ThresholdDetector())
+        manager.detect_scenes(open_video(str(tmp_path / file.path)))
+        found = [start.frame_num for start, _ in manager.get_scene_list()[1:]]
+        if file.fades:
+            assert len(found) == len(file.fades), file.path
+            for frame, fade in zip(found, file.fades, strict=True):
+                assert abs(frame - fade.frame) <= fade.tolerance_frames, file.path
+        else:
+            assert found == list(file.cut_frames), file.path
+        checked += len(file.cut_frames) + len(file.fades)
+    assert checked >= 2

@@ -1,0 +1,84 @@
+"""Trainings small enough to run in seconds: random documents, random frames, and networks of a few thousand weights."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from model.text_tokenizer import TinyBpe
+from schemas.document import TextDocument, VisionDocument, write_document
+from schemas.vocabulary import Vocabulary
+from train.batches import FrameData, SequenceData, write_frame_file, write_sequence_file
+from train.pretrain import PretrainConfig
+from train.vision_tokenizer import TokenizerTrainingConfig
+
+VOCABULARY = Vocabulary(num_text=256, num_codes=16)
+CONTEXT_LEN = 64
+TINY_MODEL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_layers": 2,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_dim": 16,
+}
+TINY_TOKENIZER: dict[str, Any] = {"codebook_size": 8, "ch_mult": [1, 1], "attn_resolutions": [1]}
+
+
+def text_tokenizer() -> TinyBpe:
+    return TinyBpe.train(["a red circle"], 256)
+
+
+def documents(seed: int, count: int) -> list[npt.NDArray[np.uint32]]:
+    rng = np.random.default_rng(seed)
+    text = text_tokenizer()
+    made = []
+    for index in range(count):
+        codes = rng.integers(0, VOCABULARY.num_codes, (1, 2, 3))
+        document = TextDocument("ab" * (1 + index % 5)) if index % 3 == 0 else VisionDocument("image", "red", codes)
+        made.append(write_document(document, VOCABULARY, text))
+    return made
+
+
+def sequence_data(folder: Path, num_rows: int = 12, seed: int = 0) -> SequenceData:
+    rng = np.random.default_rng([seed, 1])
+    pool = documents(seed, 24)
+    rows, segments = [], []
+    for _ in range(num_rows):
+        picked = [pool[index] for index in rng.permutation(len(pool))[:2]]
+        ends = np.cumsum([len(document) for document in picked])
+        rows.append(np.concatenate(picked))
+        segments.append(
+            [
+                {"kind": "image", "item_id": f"{place}", "offset": int(end) - len(document), "length": len(document)}
+                for place, (end, document) in enumerate(zip(ends, picked, strict=True))
+            ]
+        )
+    path = folder / f"sequences-{seed}.arrow"
+    write_sequence_file(path, rows, segments)
+    return SequenceData(path, f"set-{seed}", f"sha-{seed}", VOCABULARY, text_tokenizer(), CONTEXT_LEN)
+
+
+def frame_data(folder: Path, num_chunks: int = 6, size_px: int = 8) -> FrameData:
+    rng = np.random.default_rng(0)
+    chunks = rng.integers(0, 256, (num_chunks, 4, size_px, size_px, 3), np.uint8)
+    path = folder / "frames.npy"
+    write_frame_file(path, chunks, num_chunks, (size_px, size_px))
+    return FrameData(path, "frames", "sha-frames")
+
+
+def pretrain_config(**changes: Any) -> PretrainConfig:
+    execution = {"num_threads": 1, "checkpoint_every": 3, "log_every": 2, **changes.pop("execution", {})}
+    model = {**TINY_MODEL, **changes.pop("model", {})}
+    values = {"steps": 8, "batch_size": 4, "optim": {"learning_rate": 0.01, "warmup_steps": 2}, **changes}
+    return PretrainConfig.model_validate({"size": "tiny", "model": model, "execution": execution, **values})
+
+
+def tokenizer_config(**changes: Any) -> TokenizerTrainingConfig:
+    execution = {"num_threads": 1, "checkpoint_every": 3, "log_every": 2, **changes.pop("execution", {})}
+    optim = {"learning_rate": 0.001, "betas": (0.9, 0.95), "weight_decay": 0.0}
+    values = {"steps": 8, "batch_size": 4, "optim": optim, "reset_every": 2, "latent_batch": 4, **changes}
+    return TokenizerTrainingConfig.model_validate(
+        {"size": "tiny", "model": TINY_TOKENIZER, "execution": execution, **values}
+    )

@@ -1,0 +1,181 @@
+import json
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from schemas.errors import ConfigError
+from tests.train.small_data import frame_data, pretrain_config, sequence_data, tokenizer_config
+from train.checkpoint import latest
+from train.launch import training_identity
+from train.loop import Objective, TrainingFolder, run_loop
+from train.losses import Term
+from train.pretrain import PretrainObjective
+from train.progress import read_losses
+from train.vision_tokenizer import TokenizerObjective
+
+
+@pytest.fixture(autouse=True)
+def _torch_settings() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """An objective that fails once it has done some steps."""
+
+    inner: Objective
+    after: int
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(object.__getattribute__(self, "inner"), name)
+
+    def finish_step(self, model: nn.Module, step: int, device: torch.device, state: dict[str, Tensor]) -> None:
+        self.inner.finish_step(model, step, device, state)
+        if step + 1 == self.after:
+            raise KeyboardInterrupt
+
+
+def _run(objective: Objective, storage: Path) -> dict[str, Tensor]:
+    run_loop(objective, training_identity("test", objective.config, "data", "sha"), storage)
+    return load_file(TrainingFolder(storage).weights / "model.safetensors")
+
+
+def _objectives(folder: Path) -> dict[str, Objective]:
+    return {
+        "pretrain": PretrainObjective(pretrain_config(model={"dropout": 0.2}), sequence_data(folder)),
+        "vision_tokenizer": TokenizerObjective(tokenizer_config(), frame_data(folder)),
+    }
+
+
+@pytest.mark.parametrize("name", ["pretrain", "vision_tokenizer"])
+@pytest.mark.parametrize("after", [2, 7])  # before and after the first checkpoints, which are at 3 and 6
+def test_an_interrupted_training_ends_with_the_same_bits(tmp_path: Path, name: str, after: int) -> None:
+    objective = _objectives(tmp_path)[name]
+    whole = _run(objective, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        _run(Interrupted(objective, after), tmp_path / "parts")
+    newest = latest(tmp_path / "parts" / "checkpoints")
+    assert (newest[0] if newest else 0) == (6 if after == 7 else 0)
+    parts = _run(objective, tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    for key, value in whole.items():
+        assert torch.equal(value, parts[key]), key
+    first, second = (json.loads((tmp_path / run / "result.json").read_text()) for run in ("whole", "parts"))
+    assert first == second
+    assert [line["step"] for line in first["losses"]] == [2, 4, 6, 8]
+
+
+def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
+    data = sequence_data(tmp_path)
+    first = _run(PretrainObjective(pretrain_config(), data), tmp_path / "first")
+    second = _run(PretrainObjective(pretrain_config(seed=1), data), tmp_path / "second")
+    assert not torch.equal(first["lm_head.weight"], second["lm_head.weight"])
+
+
+@pytest.mark.parametrize("name", ["pretrain", "vision_tokenizer"])
+def test_it_learns(tmp_path: Path, name: str) -> None:
+    objective = {
+        "pretrain": PretrainObjective(pretrain_config(steps=60), sequence_data(tmp_path)),
+        "vision_tokenizer": TokenizerObjective(tokenizer_config(steps=60), frame_data(tmp_path)),
+    }[name]
+    _run(objective, tmp_path / "run")
+    losses = [line["loss"] for line in read_losses(tmp_path / "run" / "progress.jsonl")]
+    assert losses[-1] < 0.75 * losses[0]
+
+
+def test_a_diverging_training_says_so(tmp_path: Path) -> None:
+    config = pretrain_config(optim={"learning_rate": 1e30})
+    with pytest.raises(ConfigError, match="learning_rate"):
+        _run(PretrainObjective(config, sequence_data(tmp_path)), tmp_path / "run")
+
+
+def test_other_data_is_refused(tmp_path: Path) -> None:
+    objective = PretrainObjective(pretrain_config(), sequence_data(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        _run(Interrupted(objective, 7), tmp_path / "run")
+    other = training_identity("test", objective.config, "data", "other sha")
+    with pytest.raises(ConfigError, match="data_sha256 'sha', expected 'other sha'"):
+        run_loop(objective, other, tmp_path / "run")
+
+
+def test_a_second_writer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.loop.LOCK_WAIT_S", 0.3)
+    objective = PretrainObjective(pretrain_config(), sequence_data(tmp_path))
+
+    @dataclass(frozen=True)
+    class Nested(Interrupted):
+        def start(self, model: nn.Module, device: torch.device) -> None:
+            _run(objective, tmp_path / "run")
+
+    with pytest.raises(ConfigError, match="another process trains"):
+        _run(Nested(objective, 1), tmp_path / "run")
+    _run(objective, tmp_path / "run")  # the first writer let go of the folder when it failed
+
+
+def _rank_main(rank: int, meeting: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    try:
+        for name, objective in _two_worker_objectives(Path(folder), num_workers=2).items():
+            _run(objective, Path(folder) / f"two-{name}")
+    finally:
+        dist.destroy_process_group()
+
+
+def _two_worker_objectives(folder: Path, num_workers: int) -> dict[str, Objective]:
+    execution = {"num_workers": num_workers}
+    data = folder / f"data-{num_workers}-{os.getpid()}"
+    data.mkdir()
+    return {
+        # 5 rows over 2 workers: unequal shares, and unequal weights in them.
+        "pretrain": PretrainObjective(pretrain_config(batch_size=5, execution=execution), sequence_data(data)),
+        "vision_tokenizer": TokenizerObjective(tokenizer_config(batch_size=3, execution=execution), frame_data(data)),
+    }
+
+
+def test_two_workers_take_the_steps_of_one() -> None:
+    # Not tmp_path: its name may be too long for the children's command line.
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        context = multiprocessing.get_context("spawn")
+        children = [context.Process(target=_rank_main, args=(rank, str(folder / "meet"), name)) for rank in range(2)]
+        for child in children:
+            child.start()
+        one = {name: _run(made, folder / f"one-{name}") for name, made in _two_worker_objectives(folder, 1).items()}
+        for child in children:
+            child.join(120)
+            assert child.exitcode == 0
+        for name, weights in one.items():
+            two = load_file(folder / f"two-{name}" / "weights" / "model.safetensors")
+            for key, value in weights.items():
+                torch.testing.assert_close(two[key], value, rtol=0, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+            losses = [read_losses(folder / f"{run}-{name}" / "progress.jsonl") for run in ("one", "two")]
+            for mine, theirs in zip(*losses, strict=True):
+                assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+def test_terms_of_nothing_are_left_out() -> None:
+    from train.parallelize import reduce_step
+
+    model = nn.Linear(1, 1)
+    model.weight.grad = torch.tensor([[6.0]])
+    terms = {
+        "loss": Term(torch.tensor(4.0), torch.tensor(2.0)),
+        "vision": Term(torch.tensor(0.0), torch.tensor(0.0)),
+    }
+    assert reduce_step(model, terms) == {"loss": 2.0}
+    assert model.weight.grad.item() == 3.0
+
+

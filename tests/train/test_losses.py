@@ -1,0 +1,92 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.vision_tokenizer.tokenizer import TokenizerOutput
+from schemas.errors import SchemaError
+from train.losses import vision_tokenizer_loss, weighted_next_token_loss
+
+OFFSET = 20  # ids 20..31 are vision tokens
+
+
+def _batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, 7, 32, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 32, (3, 7), generator=generator)
+    weights = torch.where(labels >= OFFSET, 0.5, 1.0)
+    weights[0, 3:] = 0.0
+    return logits.requires_grad_(), labels, weights
+
+
+def test_loss_is_the_definition() -> None:
+    logits, labels, weights = _batch()
+    total, vision, text = 0.0, [], []
+    for row in range(3):
+        for place in range(7):
+            nll = -torch.log_softmax(logits[row, place].float(), -1)[labels[row, place]].item()
+            weight = weights[row, place].item()
+            total += weight * nll
+            if weight:
+                (vision if labels[row, place] >= OFFSET else text).append(nll)
+    terms = weighted_next_token_loss(logits, labels, weights, OFFSET)
+    assert terms["loss"].mean.item() == pytest.approx(total / weights.sum().item(), rel=1e-6)
+    assert terms["vision"].mean.item() == pytest.approx(sum(vision) / len(vision), rel=1e-6)
+    assert terms["text"].mean.item() == pytest.approx(sum(text) / len(text), rel=1e-6)
+
+
+def test_loss_and_gradient_are_torchs_class_weighted_cross_entropy() -> None:
+    # What UniVLA computes: one weight per class, normalised by the sum of weights.
+    logits, labels, weights = _batch()
+    terms = weighted_next_token_loss(logits, labels, weights, OFFSET)
+    (ours,) = torch.autograd.grad(terms["loss"].mean, logits)
+    class_weights = torch.where(torch.arange(32) >= OFFSET, 0.5, 1.0)
+    ignored = torch.where(weights > 0, labels, -100)
+    theirs_loss = F.cross_entropy(logits.float().flatten(0, 1), ignored.flatten(), weight=class_weights)
+    (theirs,) = torch.autograd.grad(theirs_loss, logits)
+    assert terms["loss"].mean.item() == pytest.approx(theirs_loss.item(), rel=1e-6)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
+
+
+def test_equal_weights_are_the_transformers_packages_loss() -> None:
+    losses = pytest.importorskip("transformers.loss.loss_utils")
+    logits, labels, _ = _batch()
+    ours = weighted_next_token_loss(logits, labels, torch.ones(3, 7), OFFSET)["loss"].mean
+    theirs = losses.ForCausalLMLoss(logits, None, vocab_size=32, shift_labels=labels)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+
+
+def test_parts_of_a_batch_add_up() -> None:
+    logits, labels, weights = _batch()
+    whole = weighted_next_token_loss(logits, labels, weights, OFFSET)
+    parts = [
+        weighted_next_token_loss(logits[rows], labels[rows], weights[rows], OFFSET) for rows in (slice(1), slice(1, 3))
+    ]
+    for name, term in whole.items():
+        total = sum(float(part[name].total) for part in parts)
+        weight = sum(float(part[name].weight) for part in parts)
+        assert total / weight == pytest.approx(term.mean.item(), rel=1e-6)
+
+
+def test_only_the_weighted_loss_has_gradients() -> None:
+    terms = weighted_next_token_loss(*_batch(), OFFSET)
+    assert terms["loss"].total.requires_grad
+    assert not terms["text"].total.requires_grad
+    assert not terms["vision"].total.requires_grad
+
+
+def test_a_batch_without_weight_is_refused() -> None:
+    logits, labels, _ = _batch()
+    with pytest.raises(SchemaError, match="nothing to learn"):
+        weighted_next_token_loss(logits, labels, torch.zeros(3, 7), OFFSET)
+
+
+def test_tokenizer_loss_is_the_weighted_sum_of_its_parts() -> None:
+    pixels = torch.zeros(2, 4, 3, 8, 8)
+    output = TokenizerOutput(
+        torch.full_like(pixels, 0.5), torch.tensor(2.0), torch.tensor(3.0), torch.zeros(2, 1, 1, 1, dtype=torch.int64)
+    )
+    terms = vision_tokenizer_loss(output, pixels, codebook_weight=0.25, commitment_weight=1.0)
+    assert terms["loss"].mean.item() == pytest.approx(0.25 + 0.25 * 2.0 + 3.0)
+    assert terms["pixels"].mean.item() == pytest.approx(0.25)
+    assert terms["commitment"].mean.item() == pytest.approx(3.0)
+    assert terms["loss"].weight.item() == 2.0
