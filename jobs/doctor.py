@@ -214,11 +214,10 @@ def count_frames(path: Path, decoder: str) -> tuple[str, int]:
 
 
 def _text_model() -> Iterator[Check]:
-    from pipeline.score_text import TextConfig, load_detector
+    from pipeline.score_text import TextConfig, TextScorer
 
-    model = TextConfig().model
-    load_detector(model)
-    yield Check("text model", "ok", f"{model}, from inside rapidocr")
+    TextScorer(TextConfig())
+    yield Check("text model", "ok", f"from inside rapidocr {importlib.metadata.version('rapidocr')}")
 
 
 def _caption_engine() -> Iterator[Check]:

@@ -55,12 +55,13 @@ class Ask:
 
 @dataclass(frozen=True, eq=False)
 class Generation:
-    """One drawn image or video: its id, its file and its frames (T, H, W, 3) uint8 RGB."""
+    """One drawn image or video: its id, its file, its frames (T, H, W, 3) uint8 RGB and their rate, None for an image."""
 
     generation_id: str
     ask: Ask
     path: Path
     frames: Frames
+    fps: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +102,9 @@ def _load(lake: Lake, checkpoint: str) -> _Models:
     row = checkpoint_row(lake, checkpoint, "pretrain")
     sets = lake.read_where(SEQUENCE_SETS, "seqset_id", [str(row["data_id"])], ["tokenizer_id"])
     if not len(sets):
-        raise ConfigError(f"checkpoint {row['checkpoint_id']} was trained on sequences {row['data_id']}, which are not here")
+        raise ConfigError(
+            f"checkpoint {row['checkpoint_id']} was trained on sequences {row['data_id']}, which are not here"
+        )
     tokenizer_id = sets["tokenizer_id"][0].as_py()
     tokenizer = lake.read_where(TOKENIZERS, "tokenizer_id", [tokenizer_id]).to_pylist()[0]
     lm = load_language_model(Path(str(row["uri"])))
@@ -116,7 +119,9 @@ def _request(lake: Lake, ask: Ask, recipe: GenerateRecipe, tokenizer_id: str) ->
     rows = lake.read_where(VISION_TOKENS, "clip_id", [ask.continued_clip_id]).to_pylist()
     rows = [row for row in rows if row["tokenizer_id"] == tokenizer_id and row["kind"] == "video"]
     if not rows:
-        raise ConfigError(f"clip {ask.continued_clip_id} has no video tokens by tokenizer {tokenizer_id}; run `outback tokenize`")
+        raise ConfigError(
+            f"clip {ask.continued_clip_id} has no video tokens by tokenizer {tokenizer_id}; run `outback tokenize`"
+        )
     row = rows[0]
     if not 0 < ask.context_t <= row["t"] or ask.context_t >= recipe.video_t:
         raise ConfigError(
@@ -130,7 +135,9 @@ def _request(lake: Lake, ask: Ask, recipe: GenerateRecipe, tokenizer_id: str) ->
 def _generation_id(ask: Ask, request: VisionRequest, recipe: GenerateRecipe, checkpoint_id: str) -> str:
     context = "" if request.context_codes is None else request.context_codes.astype("<u2").tobytes().hex()
     sampling = recipe.sampling.model_dump(mode="json")
-    return short_hash([ask.prompt, ask.kind, ask.seed, list(request.grid), request.fps, context, sampling, checkpoint_id])
+    return short_hash(
+        [ask.prompt, ask.kind, ask.seed, list(request.grid), request.fps, context, sampling, checkpoint_id]
+    )
 
 
 def _stored(lake: Lake, ids: Sequence[str]) -> dict[str, Tokens]:
@@ -155,7 +162,7 @@ def _generation(lake: Lake, models: _Models, generation_id: str, ask: Ask, token
         else:
             _write_mp4(draft, frames, document.fps or 8.0, facts)
         draft.replace(path)
-    return Generation(generation_id, ask, path, frames)
+    return Generation(generation_id, ask, path, frames, document.fps)
 
 
 def decode_codes(vision: VisionTokenizer, codes: npt.NDArray[Any], kind: str) -> Frames:

@@ -77,7 +77,9 @@ class _Source:
     fps: float | None = None
 
 
-def pack_sets(lake: Lake, set_names: Sequence[str], recipe: PackRecipe, name: str, tokenizer_id: str | None) -> PackReport:
+def pack_sets(
+    lake: Lake, set_names: Sequence[str], recipe: PackRecipe, name: str, tokenizer_id: str | None
+) -> PackReport:
     """Pack the sets under a new name; the same inputs, recipe and name do nothing.
 
     Raises: ConfigError if the name is taken by other content, or tokens are missing or made by several tokenizers.
@@ -90,7 +92,9 @@ def pack_sets(lake: Lake, set_names: Sequence[str], recipe: PackRecipe, name: st
     seqset_id = short_hash([curated_ids, tokenizer_id, recipe.canonical_json(), content])
     taken = [row for row in lake.read_where(SEQUENCE_SETS, "name", [name]).to_pylist()]
     if taken and taken[0]["seqset_id"] != seqset_id:
-        raise ConfigError(f"sequence set {name!r} exists with other content ({taken[0]['seqset_id']}); choose another name")
+        raise ConfigError(
+            f"sequence set {name!r} exists with other content ({taken[0]['seqset_id']}); choose another name"
+        )
     if taken:
         row = taken[0]
         fill = row["num_tokens"] / (row["num_sequences"] * row["context_len"])
@@ -101,7 +105,9 @@ def pack_sets(lake: Lake, set_names: Sequence[str], recipe: PackRecipe, name: st
     with recorded(lake, "pack", recipe, inputs) as run:
         documents, too_long = _documents(sources, vocabulary, text, recipe)
         if not documents:
-            raise ConfigError(f"nothing to pack: {len(clip_ids)} clips, {num_without} of them without caption or tokens")
+            raise ConfigError(
+                f"nothing to pack: {len(clip_ids)} clips, {num_without} of them without caption or tokens"
+            )
         lake.append(ATTEMPTS, [_attempt(source, length, seqset_id, recipe) for source, length in too_long], run.run_id)
         rows = pack(documents, recipe.context_len, recipe.seed)
         lake.append(SEQUENCES, sequence_rows(rows, seqset_id), run.run_id)
@@ -121,7 +127,9 @@ def pack_sets(lake: Lake, set_names: Sequence[str], recipe: PackRecipe, name: st
         }
         lake.append(SEQUENCE_SETS, [set_row], run.run_id)
         if lake.read_where(SEQUENCE_SETS, "name", [name])["seqset_id"][0].as_py() != seqset_id:
-            raise ConfigError(f"sequence set {name!r} was just made by another run with other content; choose another name")
+            raise ConfigError(
+                f"sequence set {name!r} was just made by another run with other content; choose another name"
+            )
         run.outcome |= {"seqset_id": seqset_id, "sequences": len(rows), "tokens": num_tokens, "too_long": len(too_long)}
     fill = num_tokens / (len(rows) * recipe.context_len)
     return PackReport(name, seqset_id, len(rows), num_tokens, fill, num_without, len(too_long), False)
@@ -147,9 +155,13 @@ def materialise(lake: Lake, name: str) -> Path:
         return path
     rows = _set_rows(lake, str(row["seqset_id"]))
     if rows["seq_index"].to_pylist() != list(range(len(rows))) or len(rows) != row["num_sequences"]:
-        raise SchemaError(f"sequence set {name!r} should have rows 0..{row['num_sequences']}-1 and has {len(rows)} others")
+        raise SchemaError(
+            f"sequence set {name!r} should have rows 0..{row['num_sequences']}-1 and has {len(rows)} others"
+        )
     if _sequences_sha256(rows) != row["content_sha256"]:
-        raise SchemaError(f"sequence set {name!r} does not read back as it was packed; run `outback pack` under a new name")
+        raise SchemaError(
+            f"sequence set {name!r} does not read back as it was packed; run `outback pack` under a new name"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     tokens = [np.frombuffer(value, "<u4") for value in rows["tokens"].to_pylist()]
     write_sequence_file(path, tokens, rows["segments"].to_pylist())
@@ -188,7 +200,9 @@ def _only_tokenizer(lake: Lake, clip_ids: Sequence[str]) -> str:
     rows = lake.read(VISION_TOKENS, ["clip_id", "tokenizer_id"]).to_pylist()
     found = sorted({row["tokenizer_id"] for row in rows if row["clip_id"] in wanted})
     if len(found) != 1:
-        raise ConfigError(f"the sets' clips have vision tokens by {len(found)} tokenizers {found}: name one with --tokenizer")
+        raise ConfigError(
+            f"the sets' clips have vision tokens by {len(found)} tokenizers {found}: name one with --tokenizer"
+        )
     return str(found[0])
 
 
@@ -205,10 +219,14 @@ def _sources(lake: Lake, clip_ids: Sequence[str], tokenizer_id: str, recipe: Pac
             if zlib.crc32(row["codes"]) != row["crc32"]:
                 raise SchemaError(f"vision tokens of {row['clip_id']} do not match their checksum; the file is damaged")
             grid = (row["t"], row["h"], row["w"])
-            sources.append(_Source(row["kind"], row["clip_id"], captions[row["clip_id"]], row["codes"], grid, row["fps"]))
+            sources.append(
+                _Source(row["kind"], row["clip_id"], captions[row["clip_id"]], row["codes"], grid, row["fps"])
+            )
     num_without = len(wanted) - len(sources)
     if recipe.include_texts:
-        sources += [_Source("text", row["text_id"], row["text"]) for row in lake.read(TEXTS, ["text_id", "text"]).to_pylist()]
+        sources += [
+            _Source("text", row["text_id"], row["text"]) for row in lake.read(TEXTS, ["text_id", "text"]).to_pylist()
+        ]
     return sorted(sources, key=lambda source: (source.kind, source.item_id)), num_without
 
 

@@ -126,10 +126,8 @@ def print_tables(lake: Lake, *, hashes: bool, json: bool) -> None:
     columns = ["table", "rows", "files", "bytes", "snapshots", "tags", *(["content_sha256"] if hashes else [])]
     rows = []
     for one in reports:
-        sha256 = [one.content_sha256 or ("ledger" if hashes else "")] if hashes else []
-        rows.append(
-            [one.name, one.num_rows, one.num_files, one.num_bytes, one.num_snapshots, _few(one.tags), *sha256]
-        )
+        sha256 = [one.content_sha256 or "ledger"] if hashes else []
+        rows.append([one.name, one.num_rows, one.num_files, one.num_bytes, one.num_snapshots, _few(one.tags), *sha256])
     _print_table(columns, rows)
 
 

@@ -132,7 +132,8 @@ def _as_of(lake: Lake, timestamp_ms: int, exactly: Mapping[str, int]) -> dict[st
 def _add_views(connection: "duckdb.DuckDBPyConnection", lake: Lake, snapshots: Mapping[str, int | None]) -> None:
     files = {t.name: lake.data_files(t, at=snapshots[t.name]) if snapshots[t.name] else [] for t in TABLES}
     connection.execute("SET python_enable_replacements = false")
-    connection.execute("SET allowed_paths = $paths", {"paths": [path for paths in files.values() for path in paths]})
+    allowed = {name for paths in files.values() for path in paths for name in (path, _literal(path))}
+    connection.execute("SET allowed_paths = $paths", {"paths": sorted(allowed)})
     for table in TABLES:
         connection.execute(_view(connection, table, files[table.name]))
     connection.execute("SET enable_external_access = false")

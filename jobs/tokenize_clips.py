@@ -96,7 +96,9 @@ def checkpoint_row(lake: Lake, checkpoint: str, objective: str) -> dict[str, obj
     return dict(found[0])
 
 
-def tokenize(lake: Lake, set_name: str, checkpoint: str, recipe: TokenizeRecipe, *, retry_failed: bool = False) -> TokenizeReport:
+def tokenize(
+    lake: Lake, set_name: str, checkpoint: str, recipe: TokenizeRecipe, *, retry_failed: bool = False
+) -> TokenizeReport:
     """Tokenize what is left of a set. Does not start Ray when nothing is."""
     weights = checkpoint_row(lake, checkpoint, "vision_tokenizer")
     preparation = recipe.preparation

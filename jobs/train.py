@@ -68,7 +68,9 @@ def load_training_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Tr
     needed = {"vision_tokenizer": {"frames", "vision_tokenizer"}, "pretrain": {"pretrain"}}[recipe.objective]
     given = {name for name in ("frames", "vision_tokenizer", "pretrain") if getattr(recipe, name) is not None}
     if needed != given:
-        raise ConfigError(f"recipe {name_or_path}: objective {recipe.objective!r} needs {sorted(needed)}, found {sorted(given)}")
+        raise ConfigError(
+            f"recipe {name_or_path}: objective {recipe.objective!r} needs {sorted(needed)}, found {sorted(given)}"
+        )
     return recipe
 
 
@@ -167,7 +169,9 @@ def _frame_data(
     shape = config.model_dump(include={"side_px", "fps", "chunks_per_clip"}, mode="json")
     data_id = short_hash([curated["curated_id"], shape])
     path = lake.folder / "cache" / f"frames-{data_id}.npy"
-    data = FrameData(path, str(curated["curated_id"]), hashlib.sha256(f"{curated['content_sha256']}{data_id}".encode()).hexdigest())
+    data = FrameData(
+        path, str(curated["curated_id"]), hashlib.sha256(f"{curated['content_sha256']}{data_id}".encode()).hexdigest()
+    )
     if path.exists():
         return data
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
 """All scorers of one pass over a medium: each is served the samples it declared, and answers clip by clip at the end.
 
-A clip of any length has at least one sample. Samples lie on a time grid that starts anew at every cut known at once. For
-a clip that the grid misses, because its start or end became known late, a spare sample was taken at the frames that
-such clips must contain: the first frame after a cut of ContentDetector; the last frame before one while the picture
-was faded out; and the frame at which a fade was over.
+A clip of any length has at least one sample. Samples lie on a time grid that starts anew at every cut known at once.
+For a clip that the grid misses, because its start or end became known late, a spare sample was taken at the frames that
+such clips must contain: the first frame after a cut of ContentDetector; the last frame before one while the picture was
+faded out; and the frame at which a fade was over.
 """
 
 from bisect import bisect_left, insort

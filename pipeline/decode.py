@@ -9,6 +9,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
+from itertools import chain, islice
 from pathlib import Path
 from typing import Self
 
@@ -56,12 +57,16 @@ class Frame:
 class VideoReader(ABC):
     """An open video whose first frame is known to decode. Iterating gives the frames that are left.
 
-    `decoder` names what serves, `fps` is the nominal rate of the header and may be wrong, `end_s` is the time at which
-    the newest frame given so far stops being shown.
+    `decoder` names what serves, `fps` is the nominal rate of the header and may be wrong. `width_px` and `height_px`
+    are those of the first frame as shown, `rotation_deg` the counter-clockwise turn that was applied to it (0 where a
+    decoder does not say). `end_s` is the time at which the newest frame given so far stops being shown.
     """
 
     decoder: str
     fps: Fraction
+    width_px: int
+    height_px: int
+    rotation_deg: int = 0
     end_s: float = 0.0
 
     @abstractmethod
@@ -75,6 +80,7 @@ class VideoReader(ABC):
     def seek(self, seconds: float) -> None:
         """Moves so that iteration starts at or before the frame shown at `seconds`."""
 
+    @abstractmethod
     def close(self) -> None:
         """Gives back files and memory."""
 
@@ -96,7 +102,7 @@ def open_video(path: Path, decoder: str = "pyav", *, max_pixels: int | None = No
     """
     path = path.absolute()  # FFmpeg takes a leading dash for an option and `name:` for a protocol
     if ":" in decoder:
-        return CustomReader(path, decoder, load_custom_decoder(decoder))
+        return CustomReader(path, decoder, load_custom_decoder(decoder), max_pixels)
     check_decoder(decoder)
     failures = []
     for name in (decoder, *(other for other in BUILT_IN if other != decoder)):
@@ -116,7 +122,7 @@ def check_decoder(decoder: str) -> None:
 
 
 def load_custom_decoder(decoder: str) -> CustomDecoder:
-    """ "module:function" -> the function. Raises: ConfigError if there is none."""
+    """The name "module:function" -> the function. Raises: ConfigError if there is none."""
     module, _, function = decoder.partition(":")
     try:
         loaded: CustomDecoder = getattr(importlib.import_module(module), function)
@@ -154,31 +160,33 @@ def _open_with(name: str, path: Path, max_pixels: int | None, threads: int) -> V
 class CustomReader(VideoReader):
     """Frames of a user's decoder. A seek starts over: the contract has no random access."""
 
-    def __init__(self, path: Path, name: str, decode: CustomDecoder) -> None:
+    def __init__(self, path: Path, name: str, decode: CustomDecoder, max_pixels: int | None) -> None:
         self.decoder = name
         self._path = path
         self._decode = decode
-        self.fps = self._nominal_fps()
-
-    def _nominal_fps(self) -> Fraction:
-        times = []
-        for seconds, _ in self._decode(self._path):
-            times.append(seconds)
-            if len(times) == 2:
-                break
-        if not times:
-            raise RowError("DecodeFailed", f"{self._path.name}: decoder {self.decoder} gives no frame")
-        if len(times) < 2 or times[1] <= times[0]:
-            return FALLBACK_FPS
-        return Fraction(1 / (times[1] - times[0])).limit_denominator(10_000)
+        self._ahead = iter(decode(path))
+        first_two = list(islice(self._ahead, 2))
+        if not first_two:
+            raise RowError("DecodeFailed", f"{path.name}: decoder {name} gives no frame")
+        self.height_px, self.width_px = first_two[0][1].shape[:2]
+        check_pixels(self.width_px, self.height_px, max_pixels)
+        step_s = first_two[-1][0] - first_two[0][0]
+        self.fps = Fraction(1 / step_s).limit_denominator(10_000) if step_s > 0 else FALLBACK_FPS
+        self._ahead = chain(first_two, self._ahead)
+        self._is_fresh = True
 
     def __iter__(self) -> Iterator[Frame]:
         first: float | None = None
-        for index, (seconds, image) in enumerate(self._decode(self._path)):
+        pictures = self._ahead if self._is_fresh else iter(self._decode(self._path))
+        self._is_fresh = False
+        for index, (seconds, image) in enumerate(pictures):
             first = seconds if first is None else first
             frame = Frame(index, round((seconds - first) / MICROSECOND), MICROSECOND, lambda image=image: image)  # type: ignore[misc]  # default binds the loop variable
             self.end_s = frame.seconds + float(1 / self.fps)
             yield frame
 
     def seek(self, seconds: float) -> None:
-        """Does nothing: iteration starts at the first frame, which is before any other."""
+        """Does nothing: every iteration starts at the first frame, which is before any other."""
+
+    def close(self) -> None:
+        """Does nothing: what the decoder holds is its own."""

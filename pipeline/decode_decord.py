@@ -29,7 +29,8 @@ class DecordReader(VideoReader):
             raise RowError("DecodeFailed", f"{path.name}: decord says {message}") from error
         if first is None or spans is None:
             raise RowError("DecodeFailed", f"{path.name}: decord finds no frame")
-        check_pixels(first.shape[1], first.shape[0], max_pixels)
+        self.height_px, self.width_px = first.shape[:2]
+        check_pixels(self.width_px, self.height_px, max_pixels)
         spans = np.asarray(spans, np.float64)
         self._starts_us = np.rint((spans[:, 0] - spans[0, 0]) * 1e6).astype(np.int64)
         self._end_us = round((spans[-1, 1] - spans[0, 0]) * 1e6)

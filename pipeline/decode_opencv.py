@@ -21,9 +21,9 @@ class OpencvReader(VideoReader):
         self._path = path
         self._threads = threads
         self._open()
-        width = int(self._capture.get(cv2.CAP_PROP_FRAME_WIDTH))
-        height = int(self._capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
-        check_pixels(width, height, max_pixels)
+        self.width_px = int(self._capture.get(cv2.CAP_PROP_FRAME_WIDTH))
+        self.height_px = int(self._capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
+        check_pixels(self.width_px, self.height_px, max_pixels)
         self.fps = self._nominal_fps()
         if not self._capture.grab():
             self.close()
@@ -44,7 +44,8 @@ class OpencvReader(VideoReader):
         if not fps > 0:
             self.close()
             raise RowError("DecodeFailed", f"{self._path.name}: no frame rate")
-        return framerate_to_fraction(fps)
+        rate: Fraction = framerate_to_fraction(fps)
+        return rate
 
     def __iter__(self) -> Iterator[Frame]:
         last = -1

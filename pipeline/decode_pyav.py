@@ -1,12 +1,15 @@
 """Decoding with PyAV (FFmpeg): the default, and the only one that reads AV1, HDR and every odd file we know of."""
 
+import threading
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import av
 import av.error
+import numpy as np
 from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorTrc, Interpolation, VideoReformatter
@@ -15,10 +18,12 @@ from av.video.stream import VideoStream
 from pipeline.decode import FALLBACK_FPS, Frame, Image, VideoReader, check_pixels, turned
 from schemas.errors import RowError
 
-MAX_CONSECUTIVE_FAILURES = 8  # as many packets that do not decode, in a row, end the stream (PySceneDetect's number)
+LOST_RATIO_MAX = 0.1  # share of packets that may not decode: a scratch, not a ruin
 HDR_TRANSFERS = {int(ColorTrc.SMPTE2084), int(ColorTrc.ARIB_STD_B67)}  # PQ and HLG need tone mapping
 SLOPPY_END_S = 1.0  # headers overstate the length by this much, or by the share below, in files that are whole
-SLOPPY_END_RATIO = 0.1
+SLOPPY_END_RATIO = 0.05
+
+_of_thread = threading.local()
 
 
 class PyavReader(VideoReader):
@@ -30,15 +35,22 @@ class PyavReader(VideoReader):
         self._path = path
         self._max_pixels = max_pixels
         self._threads = threads
-        self._reformatter = VideoReformatter()  # one for all frames: it keeps the conversion tables
-        self._failures = 0
+        self._num_packets = 0
+        self._num_lost = 0
+        self._reached_s = 0.0
         self._failure = ""
+        self._step = 0
+        self._raw: Iterator[VideoFrame]
         self._open()
         self.fps = self._nominal_fps()
         first = next(self._raw, None)
         if first is None:
             self.close()
             raise RowError("DecodeFailed", f"{path.name}: no frame decodes {self._failure}".rstrip())
+        self.rotation_deg = int(first.rotation) % 360
+        self.width_px, self.height_px = first.width, first.height
+        if self.rotation_deg % 180:
+            self.width_px, self.height_px = first.height, first.width
         self._origin = first.pts if first.pts is not None else (first.dts or 0)
         self._raw = chain([first], self._raw)
 
@@ -51,7 +63,7 @@ class PyavReader(VideoReader):
         check_pixels(self._stream.width, self._stream.height, self._max_pixels)
         self._stream.thread_type = "AUTO"
         self._stream.codec_context.thread_count = self._threads
-        self._raw: Iterator[VideoFrame] = self._decoded()
+        self._raw = self._decoded()
         self._index: int | None = 0
         self._last_pts: int | None = None
 
@@ -64,29 +76,31 @@ class PyavReader(VideoReader):
         return Fraction(base.denominator, base.numerator) if base else FALLBACK_FPS
 
     def _decoded(self) -> Iterator[VideoFrame]:
-        """Frames of every packet that decodes. Broken packets are left out until too many come in a row."""
-        failures = 0
-        packets = self._container.demux(self._stream)
-        while True:
+        """Frames of every packet that decodes. Packets of all streams pass by: the last tells where the file ends."""
+        for packet in self._packets():
+            if packet.pts is not None and packet.time_base:
+                end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                self._reached_s = max(self._reached_s, end)
+            if packet.stream.index != self._stream.index:
+                continue
+            self._num_packets += 1
             try:
-                packet = next(packets, None)
-                frames = packet.decode() if packet is not None else []
+                frames = packet.decode()
             except av.error.EOFError:
                 return
             except av.error.FFmpegError as error:
-                self._failures += 1
+                self._num_lost += 1
                 self._failure = f"({error.strerror})"
-                failures += 1
-                if failures >= MAX_CONSECUTIVE_FAILURES:
-                    return
                 continue
-            if packet is None:
-                return
-            if frames:
-                failures = 0
             for frame in frames:
                 if isinstance(frame, VideoFrame):
                     yield frame
+
+    def _packets(self) -> Iterator[Any]:
+        try:
+            yield from self._container.demux(self._stream, *self._container.streams.audio)
+        except av.error.FFmpegError as error:
+            self._failure = f"({error.strerror})"  # nothing can be read behind it; if that matters, the end tells
 
     def __iter__(self) -> Iterator[Frame]:
         for raw in self._raw:
@@ -115,8 +129,6 @@ class PyavReader(VideoReader):
         self._step = pts - self._last_pts
         return pts
 
-    _step = 0
-
     def _duration(self, raw: VideoFrame, time_base: Fraction) -> int:
         """How long a frame is shown. Some containers state the clock's tick: less than half a step is no duration."""
         stated = raw.duration or 0
@@ -126,9 +138,10 @@ class PyavReader(VideoReader):
 
     def _bgr(self, raw: VideoFrame) -> Image:
         """Bicubic chroma, as OpenCV converts, so that scene cuts equal those of PySceneDetect on OpenCV; HDR is toned
-        down to the standard range, without which it looks like fog."""
+        down to the standard range, without which it looks like fog.
+        """
         hdr = int(raw.color_trc) in HDR_TRANSFERS
-        shown = self._reformatter.reformat(
+        shown = _reformatter().reformat(
             raw,
             format="bgr24",
             interpolation=Interpolation.BICUBIC,
@@ -136,21 +149,26 @@ class PyavReader(VideoReader):
             dst_color_primaries=ColorPrimaries.BT709 if hdr else None,
             threads=1,
         )
-        return turned(shown.to_ndarray(), raw.rotation)
+        return turned(np.asarray(shown.to_ndarray(), np.uint8), raw.rotation)
 
     def _check_whole(self) -> None:
-        """Raises: RowError(Truncated) if frames stop well before the length that the header states for the video."""
-        stream = self._stream
-        if not stream.duration or not stream.time_base:
-            stated = self._container.duration / av.time_base if self._failures and self._container.duration else 0.0
-        else:
-            stated = float(stream.duration * stream.time_base)
-        missing = stated - self.end_s
-        if missing > max(SLOPPY_END_S, SLOPPY_END_RATIO * stated):
+        """Raises: RowError(Truncated) if the file stops well before the length in its header, RowError(Corrupt) if many
+        packets do not decode.
+        """
+        stream, container = self._stream, self._container
+        if stream.duration and stream.time_base:
+            stated, reached = float(stream.duration * stream.time_base), self.end_s
+        else:  # the header speaks of the file, whose other streams may go on when the pictures end
+            stated, reached = (container.duration or 0) / av.time_base, max(self._reached_s, self.end_s)
+        if stated - reached > max(SLOPPY_END_S, SLOPPY_END_RATIO * stated):
             raise RowError(
                 "Truncated",
-                f"{self._path.name}: frames end at {self.end_s:.2f} s of the {stated:.2f} s in the header "
-                f"{self._failure}".rstrip(),
+                f"{self._path.name} ends at {reached:.2f} s, its header says {stated:.2f} s {self._failure}".rstrip(),
+            )
+        if self._num_lost > LOST_RATIO_MAX * self._num_packets:
+            raise RowError(
+                "Corrupt",
+                f"{self._path.name}: {self._num_lost} of {self._num_packets} packets do not decode {self._failure}",
             )
 
     def seek(self, seconds: float) -> None:
@@ -178,6 +196,16 @@ class PyavReader(VideoReader):
     def close(self) -> None:
         """Closes the file."""
         self._container.close()
+
+
+def _reformatter() -> VideoReformatter:
+    """One for all readers of a thread: the tables of one kind of video are kept until another kind comes. Those of HDR
+    take seconds to make.
+    """
+    if not hasattr(_of_thread, "reformatter"):
+        _of_thread.reformatter = VideoReformatter()
+    kept: VideoReformatter = _of_thread.reformatter
+    return kept
 
 
 def open_container(path: Path) -> InputContainer:

@@ -92,7 +92,8 @@ class SceneCutter:
 
     def see(self, image: NDArray[np.uint8], pts: int, time_base: Fraction) -> Step:
         """One frame, BGR at full size, and its time -> what it told. Frames of another size than the first are
-        counted but not analysed, as PySceneDetect does."""
+        counted but not analysed, as PySceneDetect does.
+        """
         from scenedetect.common import FrameTimecode, Timecode
 
         index = len(self._times)

@@ -250,6 +250,8 @@ class _Sorter:
                 self._walk.refused[place] = Refused(readable(place), error.reason, error.message)
 
     def _offer_row(self, path: str, manifest: str) -> None:
+        if path == manifest:
+            raise RowError("BrokenRow", "the manifest names itself")
         if path in self._walk.files:
             return
         try:
@@ -260,8 +262,6 @@ class _Sorter:
             raise RowError("BrokenRow", f"found the path {path!r}, which no file can have") from error
         if not stat.S_ISREG(mode):
             raise RowError("NotAFile", f"{readable(path)} is a folder, pipe or device; a manifest names files")
-        if os.path.normpath(path) == manifest:
-            raise RowError("BrokenRow", "the manifest names itself")
         self._walk.offer(path)
 
     def _statements(self, path: str) -> tuple[Statement, ...]:

@@ -39,7 +39,9 @@ class PackedRow:
 
 def pack(documents: Sequence[PackedDocument], context_len: int, seed: int) -> list[PackedRow]:
     """Documents of at most `context_len` tokens -> rows of at most `context_len` tokens, in the order of training."""
-    order = sorted(range(len(documents)), key=lambda i: (-len(documents[i].tokens), documents[i].kind, documents[i].item_id))
+    order = sorted(
+        range(len(documents)), key=lambda i: (-len(documents[i].tokens), documents[i].kind, documents[i].item_id)
+    )
     rows: list[list[PackedDocument]] = []
     free: list[tuple[int, int]] = []  # (free tokens, row), sorted: the first that fits is the tightest
     for index in order:

@@ -12,12 +12,17 @@ from schemas.recipe import Config
 Kind = Literal["video", "image", "other"]
 
 VIDEO_SUFFIXES = frozenset(
-    ".3g2 .3gp .asf .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .qt .ts .vob .webm .wmv .y4m".split()
-)
+    {
+        ".3g2", ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts",
+        ".mxf", ".ogv", ".qt", ".ts", ".vob", ".webm", ".wmv", ".y4m",
+    }
+)  # fmt: skip
 IMAGE_SUFFIXES = frozenset(
-    ".apng .avif .bmp .dib .heic .heif .ico .j2k .jfif .jp2 .jpe .jpeg .jpg .mpo .pbm .pgm .png .pnm .ppm .tga .tif "
-    ".tiff .webp".split()
-)
+    {
+        ".apng", ".avif", ".bmp", ".dib", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
+        ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+    }
+)  # fmt: skip
 EITHER_SUFFIXES = frozenset({".gif"})  # a picture that may move
 
 SNIFFED_BYTES = 4096
@@ -135,7 +140,7 @@ def _probe_image(path: Path, num_bytes: int, limits: MediaLimits) -> MediumFacts
 def _probe_video(path: Path, num_bytes: int, limits: MediaLimits) -> MediumFacts:
     import av.error
 
-    from pipeline.decode import check_pixels, open_video
+    from pipeline.decode import check_pixels
     from pipeline.decode_pyav import first_video_stream, open_container
 
     try:
@@ -145,45 +150,36 @@ def _probe_video(path: Path, num_bytes: int, limits: MediaLimits) -> MediumFacts
     with container:
         stream = first_video_stream(container, path)
         check_pixels(stream.width, stream.height, limits.max_pixels)
-        name = container.format.name.split(",")[0]
-        codec = stream.codec_context.name
-        fps = float(stream.average_rate) if stream.average_rate else None
-        has_audio = bool(container.streams.audio)
-        rotation_deg = _rotation(container, stream)
         if stream.duration and stream.time_base:
             duration_ms: int | None = round(float(stream.duration * stream.time_base) * 1000)
         else:
             duration_ms = round(container.duration / 1000) if container.duration else None
+        width, height, rotation_deg = _shown_size(path, limits)
+        return MediumFacts(
+            kind="video",
+            num_bytes=num_bytes,
+            container=container.format.name.split(",")[0],
+            codec=stream.codec_context.codec.canonical_name,
+            width_px=width,
+            height_px=height,
+            rotation_deg=rotation_deg,
+            fps=float(stream.average_rate) if stream.average_rate else None,
+            duration_ms=duration_ms,
+            has_audio=bool(container.streams.audio),
+        )
+
+
+def _shown_size(path: Path, limits: MediaLimits) -> tuple[int, int, int]:
+    """Width, height and counter-clockwise rotation of the first frame, by the first decoder that gives one."""
+    from pipeline.decode import open_video
+
     try:
         with open_video(path, max_pixels=limits.max_pixels) as reader:
-            height, width = next(iter(reader)).bgr().shape[:2]
+            return reader.width_px, reader.height_px, reader.rotation_deg
     except RowError as error:
         if error.reason != "DecodeFailed":
             raise
         raise RowError("Unreadable", error.message) from error
-    return MediumFacts(
-        kind="video",
-        num_bytes=num_bytes,
-        container=name,
-        codec=codec,
-        width_px=width,
-        height_px=height,
-        rotation_deg=rotation_deg,
-        fps=fps,
-        duration_ms=duration_ms,
-        has_audio=has_audio,
-    )
-
-
-def _rotation(container: object, stream: object) -> int:
-    """Counter-clockwise degrees that the first decodable frame asks for, 0 to 359; 0 where none decodes."""
-    import av.error
-
-    try:
-        frame = next(container.decode(stream), None)  # type: ignore[attr-defined]  # an input container of PyAV
-    except av.error.FFmpegError:
-        return 0  # whether anything decodes at all is found out next, with every decoder
-    return int(frame.rotation) % 360 if frame is not None else 0
 
 
 def _has_magic(head: bytes, table: tuple[tuple[int, bytes], ...]) -> bool:

@@ -63,13 +63,13 @@ def frames_within(reader: VideoReader, start_s: float, end_s: float) -> Iterator
 
 
 def _targets(start_s: float, end_s: float, fps: float | None, num_frames: int | None) -> list[float]:
-    """Moments, in order, whose pictures are wanted. The last of an even spread is the span's very end: its last frame."""
+    """Moments, in order, whose pictures are wanted. An even spread ends at the span's very end: its last frame."""
     if fps is not None:
         count = max(1, int(np.ceil((end_s - start_s - ROUNDING_S) * fps)))
         return [start_s + index / fps for index in range(count)]
     if num_frames == 1:
         return [(start_s + end_s) / 2]
-    return np.linspace(start_s, end_s, num_frames or 0).tolist()
+    return [float(moment) for moment in np.linspace(start_s, end_s, num_frames or 0)]
 
 
 def _frames_at(

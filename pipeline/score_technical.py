@@ -16,9 +16,10 @@ class TechnicalConfig(Config):
 
     samples: SampleSpec = SampleSpec()
     clip_margin: int = Field(2, ge=0, le=64)  # luma this close to 0 or 255 has lost its detail
-    grey_chroma: int = Field(10, ge=1, le=128)  # the largest difference of channels in a pixel without colour
+    grey_chroma: int = Field(5, ge=1, le=128)  # the largest difference of channels in a pixel without colour
     bar_luma_max: int = Field(40, ge=0, le=255)  # bars are near black: a white page has margins, not bars
     bar_spread_max: int = Field(12, ge=0, le=255)  # luma differences inside a bar: coding noise
+    bars_max: float = Field(0.75, gt=0, le=1)  # a portrait in a landscape frame has 0.68
 
     @property
     def scorer_id(self) -> str:
@@ -66,13 +67,14 @@ class TechnicalScorer:
         )
 
     def _letterbox_ratio(self, luma: NDArray[np.uint8]) -> float:
-        """Share of the picture inside bars. A picture that is dark all over has no bars that can be told."""
+        """Share of the picture inside bars, which come in pairs: the narrower one counts twice. A picture that would be
+        nearly all bars is a dark one.
+        """
         height, width = luma.shape
-        top, bottom = self._bar(luma), self._bar(luma[::-1])
-        left, right = self._bar(luma.T), self._bar(luma.T[::-1])
-        if top + bottom >= height or left + right >= width:
-            return 0.0
-        return 1.0 - (height - top - bottom) * (width - left - right) / (height * width)
+        rows = 2 * min(self._bar(luma), self._bar(luma[::-1]))
+        columns = 2 * min(self._bar(luma.T), self._bar(luma.T[::-1]))
+        ratio = 1.0 - max(0, height - rows) * max(0, width - columns) / (height * width)
+        return ratio if ratio <= self._config.bars_max else 0.0
 
     def _bar(self, luma: NDArray[np.uint8]) -> int:
         """Rows from the top that make one even, dark bar."""

@@ -16,18 +16,29 @@ from schemas.errors import ConfigError
 from schemas.recipe import Config, short_hash
 
 STRIDE_PX = 32  # the network's sides are multiples of this
-NORMAL_MEAN = 0.5
-NORMAL_STD = 0.5
+NORMAL_MEAN = np.float32(0.5)
+NORMAL_STD = np.float32(0.5)
+BLOCK_PX = 8
+LINE_HEIGHT_PX = 48  # the recogniser's input
+LINE_WIDTH_PX = 320
+LINE_WIDTH_MAX_PX = 960
+UPRIGHT_RATIO = 1.5  # a polygon this much taller than wide is a line that runs upwards
+CTC_BLANK = 0
 
 
 class TextConfig(Config):
     """PP-OCR's text detector (DB), from inside the rapidocr wheel. Paper: Emu3 names PaddleOCR, at 2 fps and 256."""
 
     samples: SampleSpec = SampleSpec()
-    model: str = "PP-OCRv6_det_small"
+    detector: str = "PP-OCRv6_det_small"
+    recogniser: str = "PP-OCRv6_rec_small"
     pixel_threshold: float = Field(0.3, gt=0, lt=1)  # RapidOCR's default
     box_threshold: float = Field(0.5, gt=0, lt=1)  # likewise
     unclip_ratio: float = Field(1.6, gt=0)  # likewise: how far a polygon grows beyond the text's core
+    line_height_max: float = Field(0.15, gt=0)  # ours: of the short edge; what is thicker must be readable
+    characters_min: int = Field(3, ge=1)  # ours
+    confidence_min: float = Field(0.5, ge=0, le=1)  # RapidOCR drops lines below it
+    still_tolerance: int = Field(8, ge=0, le=255)  # ours: change of a block's colour that leaves a picture the same
 
     @property
     def scorer_id(self) -> str:
@@ -45,37 +56,56 @@ class TextScores:
 
 
 class TextScorer:
-    """Measures one picture at a time. A picture equal to the one before it is not looked at again."""
+    """Measures one picture at a time. One that shows the same as the last picture measured is not measured again.
+
+    The detector also marks large soft blobs on textured pictures. Lines of text are thin; a thick polygon counts only
+    if the recogniser reads at least a short word in it.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         from rapidocr.ch_ppocr_det.utils import DBPostProcess
 
-        self._session = load_detector(config.model)
-        self._input = self._session.get_inputs()[0].name
+        self._config = config
+        self._detector = load_model(config.detector)
         self._polygons = DBPostProcess(
             thresh=config.pixel_threshold,
             box_thresh=config.box_threshold,
             unclip_ratio=config.unclip_ratio,
             use_dilation=True,
         )
-        self._last: tuple[Image, float] | None = None
+        self._last: tuple[NDArray[np.uint8], float] | None = None
 
     def coverage(self, image: Image) -> float:
         """BGR uint8 [height, width, 3] -> share of its pixels inside the union of text polygons, 0 to 1."""
-        if self._last is None or not np.array_equal(self._last[0], image):
-            self._last = (image, self._measure(image))
+        blocks = block_means(image)
+        if self._last is None or not self._same(self._last[0], blocks):
+            self._last = (blocks, self._measure(image))
         return self._last[1]
+
+    def _same(self, before: NDArray[np.uint8], after: NDArray[np.uint8]) -> bool:
+        import cv2
+
+        return before.shape == after.shape and int(cv2.absdiff(before, after).max()) <= self._config.still_tolerance
 
     def _measure(self, image: Image) -> float:
         import cv2
 
         height, width = image.shape[:2]
-        probabilities = self._session.run(None, {self._input: network_input(image)})[0]
+        probabilities = _run(self._detector, network_input(image))
         polygons, _ = self._polygons(probabilities, (height, width))
         inside = np.zeros((height, width), np.uint8)
         for polygon in polygons:
-            cv2.fillPoly(inside, [np.asarray(polygon, np.int32)], 1)
+            corners = np.asarray(polygon, np.float32)
+            if self._is_line(corners, min(height, width)) or self._is_readable(image, corners):
+                cv2.fillPoly(inside, [corners.astype(np.int32)], 1)
         return float(inside.mean(dtype=np.float64))
+
+    def _is_line(self, corners: NDArray[np.float32], short_edge_px: int) -> bool:
+        return min(_sides(corners)) <= self._config.line_height_max * short_edge_px
+
+    def _is_readable(self, image: Image, corners: NDArray[np.float32]) -> bool:
+        num_characters, confidence = read_line(load_model(self._config.recogniser), straightened(image, corners))
+        return num_characters >= self._config.characters_min and confidence >= self._config.confidence_min
 
 
 def summarise(values: Sequence[float]) -> TextScores:
@@ -94,14 +124,63 @@ def network_input(image: Image) -> NDArray[np.float32]:
     import cv2
 
     height, width = (max(STRIDE_PX, round(side / STRIDE_PX) * STRIDE_PX) for side in image.shape[:2])
-    fitted = cv2.resize(image, (width, height))
-    scaled = (fitted.astype(np.float32) / 255 - NORMAL_MEAN) / NORMAL_STD
-    return np.ascontiguousarray(scaled.transpose(2, 0, 1)[np.newaxis], np.float32)
+    fitted = _normalised(cv2.resize(image, (width, height)))
+    return np.ascontiguousarray(fitted.transpose(2, 0, 1)[np.newaxis])
+
+
+def block_means(image: Image) -> NDArray[np.uint8]:
+    """A picture -> mean colours of its blocks of 8 by 8 pixels: sensor noise is averaged away, a new letter is not."""
+    import cv2
+
+    height, width = image.shape[:2]
+    size = (max(1, width // BLOCK_PX), max(1, height // BLOCK_PX))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)  # type: ignore[return-value]  # uint8 in, uint8 out
+
+
+def straightened(image: Image, corners: NDArray[np.float32]) -> Image:
+    """A picture and the corners of a polygon in it, clockwise from the top left -> that part, upright."""
+    import cv2
+
+    width, height = (max(1, round(side)) for side in _sides(corners))
+    target = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)
+    part = cv2.warpPerspective(
+        image, cv2.getPerspectiveTransform(corners, target), (width, height), borderMode=cv2.BORDER_REPLICATE
+    )
+    upright = np.rot90(part) if height >= UPRIGHT_RATIO * width else part
+    return np.ascontiguousarray(upright, np.uint8)
+
+
+def read_line(recogniser: Any, line: Image) -> tuple[int, float]:
+    """A recogniser and a picture of one line -> how many characters it reads, and its mean confidence in them."""
+    import cv2
+
+    width = round(min(max(line.shape[1] * LINE_HEIGHT_PX / line.shape[0], LINE_HEIGHT_PX), LINE_WIDTH_MAX_PX))
+    fitted = _normalised(cv2.resize(line, (width, LINE_HEIGHT_PX)))
+    padded = np.pad(fitted, ((0, 0), (0, max(0, LINE_WIDTH_PX - width)), (0, 0)))
+    steps = _run(recogniser, np.ascontiguousarray(padded.transpose(2, 0, 1)[np.newaxis]))[0]  # [steps, characters]
+    best = steps.argmax(axis=1)
+    new = np.concatenate(([True], best[1:] != best[:-1])) & (best != CTC_BLANK)
+    return int(new.sum()), float(steps.max(axis=1)[new].mean()) if new.any() else 0.0
+
+
+def _sides(corners: NDArray[np.float32]) -> tuple[float, float]:
+    width = max(np.linalg.norm(corners[0] - corners[1]), np.linalg.norm(corners[3] - corners[2]))
+    height = max(np.linalg.norm(corners[0] - corners[3]), np.linalg.norm(corners[1] - corners[2]))
+    return float(width), float(height)
+
+
+def _normalised(image: NDArray[Any]) -> NDArray[np.float32]:
+    return (image.astype(np.float32) / np.float32(255) - NORMAL_MEAN) / NORMAL_STD
+
+
+def _run(model: Any, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    outputs: list[NDArray[np.float32]] = model.run(None, {model.get_inputs()[0].name: values})
+    return outputs[0]
 
 
 @cache
-def load_detector(model: str) -> Any:
-    """A model's name -> its ONNX session on one CPU thread, loaded once a process.
+def load_model(name: str) -> Any:
+    """The name of a model of the rapidocr wheel -> its ONNX session on one CPU thread, loaded once a process.
 
     Raises: ConfigError if the installed rapidocr has no such model.
     """
@@ -111,17 +190,17 @@ def load_detector(model: str) -> Any:
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
-    return onnxruntime.InferenceSession(str(model_path(model)), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(model_path(name)), options, providers=["CPUExecutionProvider"])
 
 
-def model_path(model: str) -> Path:
-    """A model's name -> its file inside the rapidocr wheel. Raises: ConfigError if there is none."""
+def model_path(name: str) -> Path:
+    """The name of a model -> its file inside the rapidocr wheel. Raises: ConfigError if there is none."""
     spec = importlib.util.find_spec("rapidocr")
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError("the text scorer needs rapidocr, which is not installed")
     folder = Path(spec.submodule_search_locations[0]) / "models"
-    path = folder / f"{model}.onnx"
+    path = folder / f"{name}.onnx"
     if not path.is_file():
-        found = ", ".join(sorted(file.stem for file in folder.glob("*det*.onnx"))) or "none"
-        raise ConfigError(f"rapidocr has no detector {model!r}; it has: {found}")
+        found = ", ".join(sorted(file.stem for file in folder.glob("*.onnx"))) or "none"
+        raise ConfigError(f"rapidocr has no model {name!r}; it has: {found}")
     return path

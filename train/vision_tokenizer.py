@@ -91,6 +91,9 @@ class TokenizerObjective:
         assert isinstance(model, VisionTokenizer)
         with torch.no_grad():
             latents_BCthw = model.latents(self._pixels(self._latent_rows(0), device))
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm3d):
+                module.reset_running_stats()  # they belong to the steps
         model.quantize.init_codebook_from_latents(latents_BCthw, torch.Generator().manual_seed(self.config.seed))
 
     def loss(self, model: nn.Module, rows: Rows, device: torch.device, state: dict[str, Tensor]) -> dict[str, Term]:

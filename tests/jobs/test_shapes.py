@@ -82,7 +82,7 @@ def test_judge_names_direction_of_every_clip() -> None:
 @pytest.mark.parametrize(("num_frames", "fps"), [(24, 12), (8, 4), (240, 24)])
 def test_moving_shape_stays_in_frame(num_frames: int, fps: float) -> None:
     for index, facts in enumerate(shapes.all_facts(moving=True)):
-        frames = shapes.render_video(shapes.make_scene(facts, index), num_frames, fps, 64)[:: num_frames - 1]
+        frames = shapes.render_video(shapes.make_scene(facts, index), num_frames, fps, 128)[:: num_frames - 1]
         border = np.concatenate([frames[:, [0, -1]].reshape(-1, 3), frames[:, :, [0, -1]].reshape(-1, 3)])
         assert int(np.ptp(border.astype(int), axis=1).max()) < 20, f"{facts} touches the border"
 
@@ -100,7 +100,8 @@ def test_captions_come_back_as_facts() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a red", "a purple circle", "a red circle moving sideways", "a red circle and a blue square", "red circle"]
+    "text",
+    ["", "a red", "a purple circle", "a red circle moving sideways", "a red circle and a blue square", "red circle"],
 )
 def test_other_text_is_no_caption(text: str) -> None:
     assert shapes.parse_caption(text) is None

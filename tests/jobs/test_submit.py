@@ -232,9 +232,9 @@ def start_cluster(home: Path, auth_mode: str | None) -> Cluster:
     return Cluster(f"http://127.0.0.1:{dashboard}", home, environment)
 
 
-def stop_cluster(cluster: Cluster) -> None:
-    """End the processes of this cluster and of no other: those that name its folder."""
-    mark = f"{cluster.home}/r".encode()
+def kill_processes_of(folder: Path) -> None:
+    """End the processes of one cluster and of no other: those whose command line names its folder."""
+    mark = str(folder).encode()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if mark in (process / "cmdline").read_bytes() and int(process.name) != os.getpid():
@@ -253,7 +253,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
         )
     running = start_cluster(home, request.param)
     yield running
-    stop_cluster(running)
+    kill_processes_of(home / "r")
     shutil.rmtree(home, ignore_errors=True)
 
 

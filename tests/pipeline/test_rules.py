@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +32,7 @@ def rule(low: float | None = None, high: float | None = None, kinds: tuple[Kind,
     return Rule("motion", MOTION, "motion", low, high, kinds)
 
 
-def verdicts(asked: Rule, values: list[float | None], kinds: list[str] | None = None) -> list[bool]:
+def verdicts(asked: Rule, values: Sequence[float | None], kinds: Sequence[str] | None = None) -> list[bool]:
     kind = pa.chunked_array([pa.array(kinds or ["video"] * len(values), pa.string())])
     found: list[bool] = passes(asked, kind, pa.chunked_array([pa.array(values, pa.float32())])).to_pylist()
     return found
@@ -139,7 +140,7 @@ def test_funnel_and_explanation_agree_with_rules_written_by_hand() -> None:
     assert [step.num_rejected for step in steps] == rejected
     assert [step.num_in for step in steps] == [400, 400 - rejected[0]]
     assert [step.num_left for step in steps] == [400 - rejected[0], 400 - sum(rejected)]
-    assert min(rejected) > 50
+    assert min(rejected) > 30
 
 
 def test_examples_are_the_clips_nearest_to_the_bounds_and_do_not_depend_on_order() -> None:

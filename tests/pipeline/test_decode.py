@@ -1,0 +1,164 @@
+"""Every decoder gives the same frames at the same times, whatever the file does to them."""
+
+import csv
+import json
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import av
+import pytest
+
+from pipeline.decode import BUILT_IN, Image, open_video, turned
+from schemas.errors import ConfigError, RowError
+from tests.pipeline.made_media import SHARED_MEDIA, shared_media, shot, write_video
+
+
+def three_greys(path: Path) -> Iterator[tuple[float, Image]]:
+    """A user's decoder: three flat frames, whatever the file."""
+    for index in range(3):
+        yield 5 + index * 0.5, np.full((8, 10, 3), 80 * index, np.uint8)
+
+
+def read(path: Path, decoder: str = "pyav") -> tuple[list[float], list[Image], str]:
+    with open_video(path, decoder) as reader:
+        frames = [(frame.seconds, frame.bgr()) for frame in reader]
+        return [seconds for seconds, _ in frames], [image for _, image in frames], reader.decoder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_video(tmp_path_factory.mktemp("decode") / "clip.mp4", shot(1, 50))
+
+
+@pytest.mark.parametrize("decoder", BUILT_IN)
+def test_each_decoder_gives_what_was_written(clip: Path, decoder: str) -> None:
+    seconds, images, served = read(clip, decoder)
+    assert served == decoder
+    assert seconds == pytest.approx([index / 25 for index in range(50)], abs=1e-5)
+    difference = np.abs(np.stack(images).astype(int) - np.stack(shot(1, 50)))
+    assert difference.mean() < 4
+
+
+@pytest.mark.parametrize("decoder", BUILT_IN)
+def test_the_time_at_which_the_video_ends(clip: Path, decoder: str) -> None:
+    with open_video(clip, decoder) as reader:
+        for _ in reader:
+            pass
+        assert reader.end_s == pytest.approx(2.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("decoder", BUILT_IN)
+@pytest.mark.parametrize("target", [0.0, 0.6, 1.5, 1.96])
+def test_a_seek_leads_to_the_frame_shown_then(clip: Path, decoder: str, target: float) -> None:
+    _, images, _ = read(clip)
+    with open_video(clip, decoder) as reader:
+        reader.seek(target)
+        frames = iter(reader)
+        frame = next(frames)
+        assert frame.seconds <= target + 1e-6
+        while frame.seconds < target - 1e-6:
+            frame = next(frames)
+        assert np.array_equal(frame.bgr(), images[round(target * 25)])
+
+
+@pytest.mark.parametrize("decoder", BUILT_IN)
+def test_variable_rate_and_late_start_keep_their_times(tmp_path: Path, decoder: str) -> None:
+    steps_ms = [0, 40, 80, 200, 240, 500, 540, 1000]
+    path = write_video(tmp_path / "vfr.mkv", shot(2, 8), times_ms=[1500 + step for step in steps_ms])
+    seconds, _, _ = read(path, decoder)
+    assert seconds == pytest.approx([step / 1000 for step in steps_ms], abs=2e-3)
+
+
+def test_what_one_decoder_cannot_read_the_next_one_reads(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "av1.mkv", shot(3, 10), codec="libsvtav1", options={"preset": "12"})
+    seconds, _, served = read(path, "opencv")
+    assert served == "pyav"
+    assert len(seconds) == 10
+
+
+def test_a_decoder_of_the_users_own(tmp_path: Path) -> None:
+    seconds, images, served = read(tmp_path / "any.xyz", f"{__name__}:three_greys")
+    assert seconds == [0, 0.5, 1.0]
+    assert [int(image.mean()) for image in images] == [0, 80, 160]
+    assert served.endswith(":three_greys")
+
+
+@pytest.mark.parametrize("decoder", ["ffmpg", "no.such.module:decode", "pipeline.decode:no_such_function"])
+def test_a_decoder_that_does_not_exist_is_a_wrong_recipe(clip: Path, decoder: str) -> None:
+    with pytest.raises(ConfigError, match=decoder.split(":")[0]):
+        open_video(clip, decoder)
+
+
+def test_frames_above_the_limit_are_refused_before_decoding(clip: Path) -> None:
+    with pytest.raises(RowError, match="320x180") as caught:
+        open_video(clip, max_pixels=320 * 180 - 1)
+    assert caught.value.reason == "TooManyPixels"
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".mkv"])
+def test_a_video_cut_short_is_an_error_and_not_a_shorter_video(tmp_path: Path, suffix: str) -> None:
+    codec = "libvpx" if suffix == ".webm" else "libx264"
+    options = {"movflags": "faststart"} if suffix == ".mp4" else {}
+    whole = tmp_path / f"whole{suffix}"
+    frames = [frame for seed in range(4) for frame in shot(seed, 50)]
+    with av.open(str(whole), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width = frames[0].shape[:2]
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="bgr24")))
+        container.mux(stream.encode())
+    assert len(read(whole)[0]) == 200
+    part = tmp_path / f"part{suffix}"
+    part.write_bytes(whole.read_bytes()[: whole.stat().st_size * 6 // 10])
+    with pytest.raises(RowError) as caught:
+        read(part)
+    assert caught.value.reason == "Truncated"
+
+
+def test_damage_inside_costs_its_packets_only(tmp_path: Path, clip: Path) -> None:
+    data = bytearray(clip.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 40] = bytes(40)
+    damaged = tmp_path / "damaged.mp4"
+    damaged.write_bytes(data)
+    seconds, _, _ = read(damaged)
+    assert 45 <= len(seconds) <= 50
+    assert seconds[-1] == pytest.approx(49 / 25)
+
+
+@pytest.mark.parametrize(("degrees", "where"), [(0, (0, 0)), (90, (1, 0)), (180, (1, 1)), (270, (0, 1)), (-90, (0, 1))])
+def test_rotation_is_counter_clockwise(degrees: int, where: tuple[int, int]) -> None:
+    stored = np.zeros((2, 2, 3), np.uint8)
+    stored[0, 0] = 255  # a quarter turn counter-clockwise takes the top left corner to the bottom left
+    assert turned(stored, degrees)[where].tolist() == [255, 255, 255]
+
+
+def shared_rows() -> list[dict[str, str]]:
+    manifest = SHARED_MEDIA / "MANIFEST.csv"
+    if not manifest.is_file():
+        return []
+    rows = csv.DictReader(manifest.read_text().splitlines())
+    return [row for row in rows if row["kind"] == "video" and row["probe"] == "ok"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", shared_rows(), ids=lambda row: str(row["file"]))
+def test_real_videos_decode_whole(row: dict[str, str]) -> None:
+    seconds, images, served = read(shared_media() / row["file"])
+    assert served == "pyav"
+    assert len(seconds) == int(row["frames"])
+    assert np.all(np.diff(seconds) > 0)
+    expected = json.loads((shared_media() / "expected.json").read_text())
+    if row["file"] in expected["display_size"]:
+        assert [images[0].shape[1], images[0].shape[0]] == expected["display_size"][row["file"]]
+    truth = expected["derived"].get(row["file"], {})
+    if "pts_s" in truth:
+        assert seconds == pytest.approx(truth["pts_s"], abs=1e-3)
+
+
+def test_the_nominal_rate_is_exact(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "ntsc.mp4", shot(4, 30), fps=Fraction(30000, 1001))
+    with open_video(path) as reader:
+        assert reader.fps == Fraction(30000, 1001)

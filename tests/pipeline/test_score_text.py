@@ -1,0 +1,136 @@
+"""Text coverage is near the drawn area, and pictures without text have none."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image as Pillow
+from PIL import ImageDraw, ImageFont
+
+from pipeline.decode import open_video
+from pipeline.read_image import read_image
+from pipeline.samples import Image, shrunk, shrunk_size
+from pipeline.score_text import TextConfig, TextScorer, block_means, model_path, summarise
+from schemas.errors import ConfigError
+from tests.pipeline.made_media import shared_media, texture
+
+WORDS = "The quick brown fox jumps"
+
+
+@pytest.fixture(scope="module")
+def scorer() -> TextScorer:
+    return TextScorer(TextConfig())
+
+
+def written(lines: int, height_px: int = 18) -> tuple[Image, float]:
+    """A picture with lines of text, and the share of it inside their boxes."""
+    canvas = Pillow.fromarray(texture(3, 455, 256, low=30, high=90))
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(height_px)
+    area = 0.0
+    for line in range(lines):
+        place = (40, 20 + line * 2 * height_px)
+        draw.text(place, WORDS, font=font, fill="white")
+        left, top, right, bottom = draw.textbbox(place, WORDS, font=font)
+        area += (right - left) * (bottom - top)
+    return np.asarray(canvas), area / (455 * 256)
+
+
+def sample(image: Image) -> Image:
+    return shrunk(image, shrunk_size(image.shape[1], image.shape[0], 256))
+
+
+@pytest.mark.parametrize("lines", [1, 3, 6])
+def test_coverage_follows_the_drawn_text(scorer: TextScorer, lines: int) -> None:
+    image, share = written(lines)
+    assert 0.8 * share <= scorer.coverage(image) <= 2.0 * share
+
+
+def test_a_title_in_large_letters_counts(scorer: TextScorer) -> None:
+    image, share = written(1, 56)
+    assert 0.7 * share <= scorer.coverage(image) <= 2.0 * share
+
+
+def test_pictures_without_text(scorer: TextScorer) -> None:
+    for seed in range(3):
+        assert scorer.coverage(texture(seed, 455, 256)) == 0.0
+    assert scorer.coverage(np.full((256, 256, 3), 255, np.uint8)) == 0.0
+    noise = np.random.default_rng(0).integers(0, 255, (256, 400, 3), dtype=np.uint8)
+    assert scorer.coverage(noise) < 0.02
+
+
+def test_tiny_pictures(scorer: TextScorer) -> None:
+    assert scorer.coverage(np.zeros((1, 1, 3), np.uint8)) == 0.0
+    assert scorer.coverage(np.zeros((30, 500, 3), np.uint8)) == 0.0
+
+
+def test_only_what_changed_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = TextScorer(TextConfig())
+    looked: list[Image] = []
+    monkeypatch.setattr(scorer, "_measure", lambda image: looked.append(image) or float(len(looked)))
+    plain = texture(3, 455, 256, low=30, high=90)
+    noisy = np.clip(plain + np.random.default_rng(0).normal(0, 4, plain.shape), 0, 255).astype(np.uint8)
+    assert [scorer.coverage(image) for image in (plain, plain.copy(), noisy)] == [1.0, 1.0, 1.0]
+    subtitled, _ = written(1, 12)
+    assert scorer.coverage(subtitled) == 2.0
+
+
+def test_a_small_line_changes_the_blocks() -> None:
+    plain, (subtitled, _) = texture(3, 455, 256, low=30, high=90), written(1, 12)
+    assert cv2.absdiff(block_means(plain), block_means(subtitled)).max() > 3 * TextConfig().still_tolerance
+
+
+def test_clip_scores() -> None:
+    scores = summarise([0.0, 0.2, 0.1])
+    assert (scores.text_coverage_max, scores.text_coverage_mean, scores.num_samples) == (0.2, pytest.approx(0.1), 3)
+
+
+def test_a_model_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match="PP-OCRv6_det_small"):
+        model_path("no_such_model")
+
+
+def frame_at(path: Path, index: int) -> Image:
+    with open_video(path) as reader:
+        for frame in reader:
+            if frame.index == index:
+                return frame.bgr()
+    raise AssertionError(f"{path.name} has no frame {index}")
+
+
+@pytest.mark.parametrize("file", ["real_subtitle.mp4", "real_text_heavy.mp4"])
+def test_real_text_of_known_area(scorer: TextScorer, file: str) -> None:
+    truth = json.loads((shared_media() / "expected.json").read_text())["derived"][f"derived/{file}"]
+    first, last = truth.get("text_frames", (0, truth["frames"]))
+    coverage = scorer.coverage(sample(frame_at(shared_media() / "derived" / file, (first + last) // 2)))
+    assert coverage == pytest.approx(truth["text_coverage"], rel=0.6)
+    if first > 0:
+        assert scorer.coverage(sample(frame_at(shared_media() / "derived" / file, first // 2))) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("file", "index"),
+    [
+        ("mdn_crystal.mp4", 240),
+        ("asl_book.mkv", 60),
+        ("cockatoo.mp4", 160),
+        ("mdn_stream.mp4", 59),
+        ("nasa_13013.mp4", 9),
+    ],
+)
+def test_real_pictures_without_text(scorer: TextScorer, file: str, index: int) -> None:
+    assert scorer.coverage(sample(frame_at(shared_media() / "video" / file, index))) < 0.02
+
+
+@pytest.mark.parametrize(
+    "file", ["text_phototest.tif", "text_eurotext.tif", "text_devanagari.png", "terminal_text.png"]
+)
+def test_real_pages_of_text(scorer: TextScorer, file: str) -> None:
+    assert scorer.coverage(sample(read_image(shared_media() / "image" / file).bgr)) > 0.4
+
+
+@pytest.mark.parametrize("file", ["mdn_larch.jpg", "wall_Ashim_DSilva.jpg", "ski_coins.png", "red_panda_10mp.jpg"])
+def test_real_photographs(scorer: TextScorer, file: str) -> None:
+    assert scorer.coverage(sample(read_image(shared_media() / "image" / file).bgr)) < 0.02
