@@ -25,7 +25,7 @@ from schemas.clips import CLIPS
 from schemas.curated import CURATED, CURATED_SETS, RECIPES
 from schemas.errors import ConfigError, SchemaError
 from schemas.recipe import short_hash
-from schemas.table import Table, content_sha256
+from schemas.table import Table, content_sha256, sorted_by
 
 TAG_PREFIX = "curated/"
 _NAME = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
@@ -192,12 +192,17 @@ def _evaluate(lake: Lake, recipe: CurateRecipe) -> _Evaluation:
     )
     missing = {}
     for name, item in scores.items():
-        place = pc.index_in(joined["clip_id"], value_set=item.rows["clip_id"])
-        for column in item.columns:
-            joined = joined.append_column(column, item.rows[column].take(place))
-        asked = pa.array(sorted({kind for rule in rules if rule.family.name == name for kind in rule.kinds}))
-        applies = pc.is_in(joined["kind"], value_set=asked)
-        missing[name] = _check_coverage(name, item, recipe.coverage, place.filter(applies))
+        if item.rows["clip_id"].equals(joined["clip_id"]):  # every clip was scored: nothing to look up
+            columns = {column: item.rows[column] for column in item.columns}
+            missing[name] = 0
+        else:
+            asked = pa.array(sorted({kind for rule in rules if rule.family.name == name for kind in rule.kinds}))
+            applies = pc.is_in(joined["kind"], value_set=asked)
+            place = pc.index_in(joined["clip_id"], value_set=item.rows["clip_id"])
+            columns = {column: item.rows[column].take(place) for column in item.columns}
+            missing[name] = _check_coverage(name, item, recipe.coverage, place.filter(applies))
+        for column, values in columns.items():
+            joined = joined.append_column(column, values)
     return _Evaluation(resolved, (clips, *scores.values()), rules, joined, first_rejections(rules, joined), missing)
 
 
@@ -232,12 +237,13 @@ def _pin(
     elif wanted not in counts:
         raise ConfigError(f"{table.name} has no rows of {option}={wanted}; it holds: {listed}")
     mine = rows.filter(pc.equal(rows[id_column], wanted)) if len(counts) > 1 else rows
+    mine = sorted_by(mine, ["clip_id"])
     return Input(
         table=table,
         columns=tuple(name for name in rows.column_names if name not in table.key),
         pinned=(option, wanted),
         rows=mine,
-        sha256=content_sha256(mine, rows.column_names, table.key),
+        sha256=content_sha256(mine, rows.column_names, ["clip_id"]),
         uuid=lake.uuid(table) or "",
         snapshot_id=snapshot_id,
     )
@@ -305,7 +311,7 @@ def _tag_input(lake: Lake, tag: str, item: Input) -> int:
     def holds(snapshot_id: int) -> bool:
         rows = lake.read(item.table, item.rows.column_names, at=snapshot_id)
         mine = rows.filter(pc.equal(rows[item.table.key[1]], item.pinned[1]))
-        return content_sha256(mine, mine.column_names, item.table.key) == item.sha256
+        return content_sha256(mine, mine.column_names, ["clip_id"]) == item.sha256
 
     return _tag_once(lake, item.table, tag, item.snapshot_id, holds)
 

@@ -22,7 +22,7 @@ from jobs.scan import scan
 from jobs.shapes import all_facts, write_caption
 from jobs.shipped import load_named
 from jobs.tokenize_clips import TokenizeRecipe, tokenize
-from jobs.train import TrainReport, TrainRecipe, load_training_recipe, train
+from jobs.train import TrainRecipe, TrainReport, load_training_recipe, train
 from pipeline.scan_medium import ScanConfig
 from schemas.catalog import Lake
 from schemas.errors import ConfigError

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
-from pipeline.sandbox import Sandbox
 from pydantic import Field
 
 from jobs.run import recorded
@@ -27,6 +26,7 @@ from pipeline.list_sources import Listing, OfferedFile, list_sources, os_reason,
 from pipeline.probe_media import MediaLimits, MediumFacts, named_kind, probe
 from pipeline.read_rows import ROW_SUFFIXES
 from pipeline.read_texts import BrokenText, Text, read_texts
+from pipeline.sandbox import Sandbox
 from schemas.catalog import Lake
 from schemas.errors import RowError
 from schemas.identity import file_digest, media_id
@@ -38,6 +38,7 @@ from schemas.texts import TEXTS
 STAGE = "ingest"
 MAX_ATTEMPTS = 3
 NUM_SHOWN = 20
+MAX_MESSAGE = 200  # characters of a message for people; `attempts` has it whole
 
 OnProgress = Callable[[int, int, str], None]
 """Called with files done, files in all, and the last one's name."""
@@ -125,7 +126,7 @@ def print_ingest(report: IngestReport, as_json: bool) -> None:
     for reason, count in sorted(report.failed.items()):
         print(f"failed: {count} {reason}")
     for failure in report.failures:
-        print(f"  {failure.reason}: {failure.uri!r}: {failure.message}", file=sys.stderr)
+        print(f"  {failure.reason}: {failure.uri!r}: {failure.message[:MAX_MESSAGE]}", file=sys.stderr)
     if report.num_failed > len(report.failures):
         print(f"  and {report.num_failed - len(report.failures)} more: outback show attempts", file=sys.stderr)
 

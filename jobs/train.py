@@ -82,7 +82,8 @@ def train(lake: Lake, recipe: TrainRecipe, data_name: str) -> TrainReport:
 
 
 def _train_vision_tokenizer(lake: Lake, recipe: TrainRecipe, set_name: str) -> TrainReport:
-    assert recipe.frames is not None and recipe.vision_tokenizer is not None
+    assert recipe.frames is not None
+    assert recipe.vision_tokenizer is not None
     config, chunks = recipe.vision_tokenizer, recipe.frames
     curated = set_row(lake, set_name)
 

@@ -39,9 +39,9 @@ def read_image(path: Path, max_pixels: int | None = None) -> Picture:
         with Pillow.open(path) as opened:
             check_pixels(opened.width, opened.height, max_pixels)
             container = opened.format or "unknown"
-            orientation = opened.getexif().get(EXIF_ORIENTATION, 1)
             opened.seek(0)
             _load(opened, path)
+            orientation = opened.getexif().get(EXIF_ORIENTATION, 1)  # reads on: a broken end must be found by _load
             upright = ImageOps.exif_transpose(opened)
             return Picture(_to_bgr(upright), container, TURNED_DEG.get(orientation, 0))
     except UnidentifiedImageError as error:

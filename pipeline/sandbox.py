@@ -127,11 +127,11 @@ class Sandbox:
         """What the end of the child means for the item it was working on."""
         status = self._running().wait()
         self.close()
-        if status < 0:
-            cause = f"was ended by {signal.Signals(-status).name}"
-        else:
-            cause = f"ended with exit code {status}"
-        return RowError("DecoderCrashed", f"the process that decoded {cause}")
+        if status >= 0:
+            return RowError("DecoderCrashed", f"the process that decoded ended with exit code {status}")
+        name = signal.Signals(-status).name
+        by_others = -status in (signal.SIGKILL, signal.SIGTERM)  # no decoder does that: a machine short of memory does
+        return RowError("DecoderCrashed", f"the process that decoded was ended by {name}", terminal=not by_others)
 
     def close(self) -> None:
         """Ends the child at once. The next call starts another."""

@@ -70,10 +70,8 @@ def left_to_do(lake: Lake, stage: Stage, items: pa.Table, done: pa.Table, *, ret
     """
     key = stage.item_key
     todo = items.filter(pc.invert(pc.is_in(items[key], done[key].combine_chunks())))
-    from pyiceberg.expressions import And, EqualTo
-
-    mine = And(EqualTo("stage", stage.name), EqualTo("stage_id", stage.stage_id))
-    failed = lake.read(ATTEMPTS, ["item_id", "attempt", "terminal"], where=mine)
+    failed = lake.read_where(ATTEMPTS, "stage", [stage.name], ["stage_id", "item_id", "attempt", "terminal"])
+    failed = failed.filter(pc.equal(failed["stage_id"], stage.stage_id))
     last: dict[str, int] = {}
     given_up: set[str] = set()
     for row in failed.to_pylist():
@@ -102,7 +100,7 @@ def run_stage(
     started = time.monotonic()
     if not len(todo):
         return StageOutcome(0, 0, {}, 0.0)
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     dataset = ray.data.from_arrow(list(_blocks(stage, todo, num_workers))).map_batches(

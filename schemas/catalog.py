@@ -102,6 +102,11 @@ class Lake:
         else:
             self.where = str(Path(where).resolve())
             self.folder = Path(self.where)
+            if strange := sorted(char for char in set(self.where) if char in "#?%" or not char.isprintable()):
+                found = ", ".join(map(repr, strange))
+                raise ConfigError(
+                    f"lake {self.where!r}: found {found} in the path, which URIs cannot hold; use another folder"
+                )
         self._catalog: Catalog | None = None
         self._seen: dict[str, _SeenKeys] = {}
         self._appended_to: set[str] = set()
@@ -401,8 +406,6 @@ class Lake:
             from pyiceberg.catalog import load_catalog
 
             self._catalog = load_catalog(self.where.removeprefix("catalog:"))
-            if create:
-                self._catalog.create_namespace_if_not_exists(NAMESPACE)
             return self._catalog
         if not (self.folder / "catalog.db").exists():
             if not create:
@@ -461,15 +464,19 @@ class Lake:
             catalog = self._open_catalog(create=True)
             assert catalog is not None
             with self._creation_lock():
+                catalog.create_namespace_if_not_exists(NAMESPACE)
                 handle = catalog.create_table_if_not_exists(
                     (NAMESPACE, table.name),
                     schema=table.arrow_schema,
                     properties={**COMMON_PROPERTIES, **table.properties},
                 )
-        if set(table.names) - set(handle.schema().column_names):
-            with handle.update_schema() as update:
+        for attempt in range(COMMIT_ATTEMPTS):
+            if set(table.names) <= set(handle.schema().column_names):
+                return handle
+            with _contention(attempt, table), handle.update_schema() as update:
                 update.union_by_name(table.arrow_schema)
-        return handle
+            handle = self._load(table) or handle
+        raise TransientError(f"{table.name} could not be widened in {COMMIT_ATTEMPTS} attempts: too many writers")
 
 
 @cache

@@ -9,7 +9,9 @@ CLIP_ID = Column("clip_id", pa.string(), "media_id-start_ms-end_ms; an image spa
 KIND = Column("kind", pa.string(), "video or image")
 LICENCE = Column("licence", pa.string(), "licence as the source states it", nullable=True)
 SCORER_ID = Column("scorer_id", pa.string(), "hash of the scorer's version, parameters and weights")
-TOKENIZER_ID = Column("tokenizer_id", pa.string(), "first 16 hex digits of the vision tokenizer's digest and preparation")
+TOKENIZER_ID = Column(
+    "tokenizer_id", pa.string(), "first 16 hex digits of the vision tokenizer's digest and preparation"
+)
 CHECKPOINT_ID = Column("checkpoint_id", pa.string(), "first 16 hex digits of the digest of config and weights")
 SEQSET_ID = Column("seqset_id", pa.string(), "hash of the packed inputs' content and the pack recipe")
 CURATED_ID = Column("curated_id", pa.string(), "hash of the recipe and of the content of its input tables")

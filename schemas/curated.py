@@ -36,7 +36,9 @@ CURATED_SETS = Table(
         RECIPE_ID,
         Column("inputs", pa.string(), "JSON: per input table the SHA-256 of the content that was read"),
         Column("pins", pa.string(), "JSON: per input table its UUID and snapshot id", provenance=True),
-        Column("funnel", pa.string(), "JSON: clips left after each rule, in order, with examples of what each rejected"),
+        Column(
+            "funnel", pa.string(), "JSON: clips left after each rule, in order, with examples of what each rejected"
+        ),
         Column("num_clips", pa.int64(), "clips in the set"),
         Column("content_sha256", pa.string(), "SHA-256 over the clip ids in order"),
         RUN_ID,

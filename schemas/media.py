@@ -19,7 +19,9 @@ MEDIA = Table(
         Column("width_px", pa.int32(), "shown width, after rotation"),
         Column("height_px", pa.int32(), "shown height, after rotation"),
         Column("rotation_deg", pa.int32(), "rotation the file asks for, counter-clockwise"),
-        Column("fps", pa.float64(), "average frame rate by the header; null for images and where unknown", nullable=True),
+        Column(
+            "fps", pa.float64(), "average frame rate by the header; null for images and where unknown", nullable=True
+        ),
         Column("duration_ms", pa.int64(), "duration by the header; null for images and where unknown", nullable=True),
         Column("has_audio", pa.bool_(), "whether there is an audio stream"),
         RUN_ID,

@@ -23,7 +23,9 @@ SEQUENCES = Table(
         Column("seq_index", pa.int64(), "position in the set, from 0 without gaps"),
         Column("tokens", pa.binary(), "token ids, little-endian uint32, without padding"),
         Column("num_tokens", pa.int32(), "tokens in the row"),
-        Column("segments", pa.list_(pa.field("element", SEGMENT, nullable=False)), "the documents of the row, in order"),
+        Column(
+            "segments", pa.list_(pa.field("element", SEGMENT, nullable=False)), "the documents of the row, in order"
+        ),
         Column("crc32", pa.int64(), "CRC-32 of `tokens`"),
         RUN_ID,
         WRITTEN_AT,

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.vision_tokenizer.config import NORM_GROUPS
-
 NORM_EPS = 1e-6
 
 
@@ -25,9 +23,9 @@ def frames_of(x_BCTHW: Tensor) -> Tensor:
 class SpatialNorm(nn.Module):
     """Normalise, then scale and shift by maps made from the codebook vectors at the same place (MoVQ)."""
 
-    def __init__(self, channels: int, guide_channels: int) -> None:
+    def __init__(self, channels: int, norm_groups: int, guide_channels: int) -> None:
         super().__init__()
-        self.norm_layer = nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS)
+        self.norm_layer = nn.GroupNorm(norm_groups, channels, eps=NORM_EPS)
         self.conv_y = nn.Conv2d(guide_channels, channels, 1)
         self.conv_b = nn.Conv2d(guide_channels, channels, 1)
 
@@ -39,11 +37,11 @@ class SpatialNorm(nn.Module):
         return torch.addcmul(shift_BCHW, self.norm_layer(x_BCHW), scale_BCHW)
 
 
-def make_norm(channels: int, guide_channels: int | None) -> nn.GroupNorm | SpatialNorm:
+def make_norm(channels: int, norm_groups: int, guide_channels: int | None) -> nn.GroupNorm | SpatialNorm:
     """GroupNorm for the encoder (no guide), SpatialNorm for the decoder."""
     if guide_channels is None:
-        return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS)
-    return SpatialNorm(channels, guide_channels)
+        return nn.GroupNorm(norm_groups, channels, eps=NORM_EPS)
+    return SpatialNorm(channels, norm_groups, guide_channels)
 
 
 def apply_norm(norm: nn.GroupNorm | SpatialNorm, x_BCHW: Tensor, guide_BQHW: Tensor | None) -> Tensor:
@@ -54,11 +52,13 @@ def apply_norm(norm: nn.GroupNorm | SpatialNorm, x_BCHW: Tensor, guide_BQHW: Ten
 class ResBlock(nn.Module):
     """Two normalised 3x3 convolutions with a residual path."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float, guide_channels: int | None = None) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, norm_groups: int, dropout: float, guide_channels: int | None = None
+    ) -> None:
         super().__init__()
-        self.norm1 = make_norm(in_channels, guide_channels)
+        self.norm1 = make_norm(in_channels, norm_groups, guide_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = make_norm(out_channels, guide_channels)
+        self.norm2 = make_norm(out_channels, norm_groups, guide_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
@@ -74,9 +74,9 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Single-head attention over the places of one frame, residual."""
 
-    def __init__(self, channels: int, guide_channels: int | None = None) -> None:
+    def __init__(self, channels: int, norm_groups: int, guide_channels: int | None = None) -> None:
         super().__init__()
-        self.norm = make_norm(channels, guide_channels)
+        self.norm = make_norm(channels, norm_groups, guide_channels)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -131,6 +131,20 @@ class CausalConv3d(nn.Module):
         # Two frames of padding on the left whatever the kernel: the published layers with kernel 4 have it so.
         self.padding = (columns - columns // 2, columns // 2, rows - rows // 2, rows // 2, 2, 0)
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride=stride)
+
+    @torch.no_grad()
+    def near_identity(self, noise: float) -> None:
+        """Keep `noise` of the random weights and add a path of weight 1 from each channel to itself.
+
+        The path goes through the newest frames of the kernel, as many as one step of the stride passes.
+        """
+        weight = self.conv.weight
+        weight.mul_(noise)
+        newest, row, column = self.conv.stride[0], weight.shape[3] // 2, weight.shape[4] // 2
+        for channel in range(weight.shape[0]):
+            weight[channel, channel, -newest:, row, column] += 1.0 / newest
+        if self.conv.bias is not None:
+            self.conv.bias.zero_()
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         """Features -> features."""

@@ -8,8 +8,6 @@ from pydantic import Field, model_validator
 
 from schemas.recipe import Config
 
-NORM_GROUPS = 32  # groups of every GroupNorm, so every channel count is a multiple of it
-
 
 class VisionTokenizerConfig(Config):
     """Numbers that fix the architecture. The defaults are the published tokenizer's.
@@ -24,16 +22,19 @@ class VisionTokenizerConfig(Config):
     in_channels: int = Field(default=3, ge=1)
     out_channels: int = Field(default=3, ge=1)
     temporal_downsample_factor: int = Field(default=4, ge=1)
-    ch: int = Field(default=256, ge=NORM_GROUPS)
+    ch: int = Field(default=256, ge=1)
     ch_mult: tuple[int, ...] = Field(default=(1, 2, 2, 4), min_length=1)
     num_res_blocks: int = Field(default=2, ge=1)
     attn_resolutions: tuple[int, ...] = (3,)  # level indices, despite the published name
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    norm_groups: int = Field(default=32, ge=1)  # of every GroupNorm; not a published field, always 32 there
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.ch % NORM_GROUPS or min(self.ch_mult) < 1:
-            raise ValueError(f"found ch {self.ch} and ch_mult {self.ch_mult}, expected ch a multiple of {NORM_GROUPS}")
+        if self.ch % self.norm_groups or min(self.ch_mult) < 1:
+            raise ValueError(
+                f"found ch {self.ch} and ch_mult {self.ch_mult}, expected ch a multiple of norm_groups, {self.norm_groups}"
+            )
         if self.embed_dim != self.z_channels:
             raise ValueError(
                 f"found embed_dim {self.embed_dim} and z_channels {self.z_channels}, expected equal numbers: "

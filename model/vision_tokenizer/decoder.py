@@ -30,10 +30,11 @@ class UpLevel(nn.Module):
         out_channels = config.ch * config.ch_mult[level]
         self.block, self.attn = nn.ModuleList(), nn.ModuleList()
         for _ in range(config.num_res_blocks + 1):
-            self.block.append(ResBlock(channels, out_channels, config.dropout, config.embed_dim))
+            block = ResBlock(channels, out_channels, config.norm_groups, config.dropout, config.embed_dim)
+            self.block.append(block)
             channels = out_channels
             if level in config.attn_resolutions:
-                self.attn.append(Attention(channels, config.embed_dim))
+                self.attn.append(Attention(channels, config.norm_groups, config.embed_dim))
         self.upsample = Upsample(channels) if level > 0 else None
 
     def forward(self, x_BCHW: Tensor, guide_BQHW: Tensor) -> Tensor:
@@ -56,9 +57,9 @@ class Decoder(nn.Module):
         )
         self.time_conv = nn.ModuleList(TemporalUpsample(config.z_channels) for _ in range(config.num_temporal_stages))
         self.conv_in = nn.Conv2d(config.z_channels, channels, 3, padding=1)
-        self.mid = MiddleBlock(channels, config.dropout, config.embed_dim)
+        self.mid = MiddleBlock(config, config.embed_dim)
         self.up = nn.ModuleList(UpLevel(config, level) for level in range(len(config.ch_mult)))
-        self.norm_out = SpatialNorm(config.ch * config.ch_mult[0], config.embed_dim)
+        self.norm_out = SpatialNorm(config.ch * config.ch_mult[0], config.norm_groups, config.embed_dim)
         self.conv_out = nn.Conv2d(config.ch * config.ch_mult[0], config.out_channels, 3, padding=1)
 
     def forward(self, latents_BCtHW: Tensor, quantized_BQtHW: Tensor) -> Tensor:

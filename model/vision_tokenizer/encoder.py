@@ -16,17 +16,18 @@ from model.vision_tokenizer.blocks import (
     TemporalResBlock,
     frames_of,
 )
-from model.vision_tokenizer.config import NORM_GROUPS, VisionTokenizerConfig
+from model.vision_tokenizer.config import VisionTokenizerConfig
 
 
 class MiddleBlock(nn.Module):
     """Residual block, attention, residual block at the smallest size."""
 
-    def __init__(self, channels: int, dropout: float, guide_channels: int | None = None) -> None:
+    def __init__(self, config: VisionTokenizerConfig, guide_channels: int | None = None) -> None:
         super().__init__()
-        self.block_1 = ResBlock(channels, channels, dropout, guide_channels)
-        self.attn_1 = Attention(channels, guide_channels)
-        self.block_2 = ResBlock(channels, channels, dropout, guide_channels)
+        channels, groups = config.ch * config.ch_mult[-1], config.norm_groups
+        self.block_1 = ResBlock(channels, channels, groups, config.dropout, guide_channels)
+        self.attn_1 = Attention(channels, groups, guide_channels)
+        self.block_2 = ResBlock(channels, channels, groups, config.dropout, guide_channels)
 
     def forward(self, x_BCHW: Tensor, guide_BQHW: Tensor | None = None) -> Tensor:
         """Features -> features."""
@@ -45,10 +46,10 @@ class DownLevel(nn.Module):
         self.block, self.attn = nn.ModuleList(), nn.ModuleList()
         for _ in range(config.num_res_blocks):
             out_channels = config.ch * config.ch_mult[level]
-            self.block.append(ResBlock(channels, out_channels, config.dropout))
+            self.block.append(ResBlock(channels, out_channels, config.norm_groups, config.dropout))
             channels = out_channels
             if level in config.attn_resolutions:
-                self.attn.append(Attention(channels))
+                self.attn.append(Attention(channels, config.norm_groups))
         self.downsample = Downsample(channels) if level < len(config.ch_mult) - 1 else None
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -68,8 +69,8 @@ class Encoder(nn.Module):
         channels = config.ch * config.ch_mult[-1]
         self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
         self.down = nn.ModuleList(DownLevel(config, level) for level in range(len(config.ch_mult)))
-        self.mid = MiddleBlock(channels, config.dropout)
-        self.norm_out = nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS)
+        self.mid = MiddleBlock(config)
+        self.norm_out = nn.GroupNorm(config.norm_groups, channels, eps=NORM_EPS)
         self.conv_out = nn.Conv2d(channels, config.z_channels, 3, padding=1)
         self.time_conv = nn.ModuleList(TemporalDownsample(config.z_channels) for _ in range(config.num_temporal_stages))
         self.time_res_stack = nn.ModuleList(

@@ -17,6 +17,8 @@ from schemas.errors import RowError
 
 PIXELS_PER_PASS = 1 << 20  # four frames of 512 x 512, which the published size encodes in a few GB
 
+TEMPORAL_NOISE = 0.1  # of the random start, what is left beside the identity
+
 
 @dataclass(frozen=True)
 class TokenizerOutput:
@@ -55,6 +57,23 @@ class VisionTokenizer(nn.Module):
                 module.reset_parameters()
         bound = 1.0 / self.config.codebook_size
         nn.init.uniform_(self.quantize.embedding.weight, -bound, bound)
+
+    @torch.no_grad()
+    def pass_through_time(self) -> None:
+        """Start the temporal layers near the identity: ours, for training from scratch.
+
+        They act on four channels only. Drawn at random they smear a latent over its neighbours and let SiLU cut half of
+        it away, and a short training spends itself on undoing that. The published tokenizer had no such start to make:
+        its spatial part came trained.
+        """
+        stages = [*self.encoder.time_conv, *self.decoder.time_conv]
+        for conv in [*(stage.conv for stage in stages), self.quant_conv, self.post_quant_conv]:
+            conv.near_identity(TEMPORAL_NOISE)
+        for block in [*self.encoder.time_res_stack, *self.decoder.time_res_stack]:
+            block.conv2.conv.weight.mul_(TEMPORAL_NOISE)
+        # Latents on the positive side, which SiLU lets through.
+        self.encoder.conv_out.weight.mul_(0.3)
+        self.encoder.conv_out.bias.fill_(1.0)
 
     @torch.no_grad()
     def encode(self, pixels_BTCHW: Tensor) -> Tensor:

@@ -33,7 +33,9 @@ def main() -> None:
         return publish(lake, table, written, run_id)
 
     Lake.commit_files = commit_files  # type: ignore[method-assign]  # the one place a real driver could die
-    report = scan(Lake.open(options.lake), ScanConfig(decoder=options.decoder, limits=ScanLimits(timeout_s=options.timeout_s)))
+    report = scan(
+        Lake.open(options.lake), ScanConfig(decoder=options.decoder, limits=ScanLimits(timeout_s=options.timeout_s))
+    )
     print(report.outcome.num_done if report.outcome else "nothing to do")
 
 

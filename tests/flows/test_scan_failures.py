@@ -24,7 +24,9 @@ SCANNED = (CLIPS, *FAMILIES, SCANS)
 def driver(lake: Path, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.flows.scan_driver", str(lake), *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finish(process: subprocess.Popen[str], expected: int = 0) -> str:

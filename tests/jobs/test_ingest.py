@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +224,31 @@ def test_rows_are_published_while_the_run_goes_on(lake: Lake, tmp_path: Path, mo
     assert run(lake, tmp_path / "media").media_new == 2
     statuses = lake.read(RUNS, ["status"])["status"].to_pylist()
     assert sorted(statuses) == ["done", "failed", "started", "started"]
+
+
+INGEST = """
+import sys
+from jobs.ingest import *
+ingest(Lake(sys.argv[1]), [sys.argv[2]], options=IngestConfig(commit_files=1))
+"""
+
+
+def test_sigkill_and_again_gives_what_an_undisturbed_run_gives(tmp_path: Path, corpus: Path) -> None:
+    for index in range(10):
+        picture(corpus / f"more{index}.png", 100 + index)
+    whole, killed = Lake(tmp_path / "whole"), Lake(tmp_path / "killed")
+    run(whole, corpus)
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    command = [sys.executable, "-c", INGEST, killed.where, str(corpus)]
+    for wanted in (2, 5):
+        process = subprocess.Popen(command, cwd=CHECKOUT, env=environment)
+        while killed.facts(MEDIA).num_rows < wanted and process.poll() is None:
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+    report = run(killed, corpus)
+    assert 0 < report.media_new < 12
+    assert contents(killed) == contents(whole)
 
 
 def test_hostile_names_and_files_cost_a_row_each(lake: Lake, tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ def write_video(
         stream = None
         for index, frame in enumerate(frames):
             if stream is None:
-                stream = container.add_stream(codec, rate=Fraction(fps), options=options or {})
+                quick = {"preset": "ultrafast"} if codec == "libx264" else {}
+                stream = container.add_stream(codec, rate=Fraction(fps), options=quick | (options or {}))
                 stream.height, stream.width = frame.shape[:2]
                 stream.pix_fmt = pix_fmt
                 if times_ms is not None:

@@ -9,7 +9,11 @@ def place(uri: str, caption: str | None, source: str | None) -> dict[str, str | 
 
 def test_a_manifest_wins_over_sidecars() -> None:
     found = provided_caption(
-        [place("/a", "by text", "sidecar_txt"), place("/b", "by list", "manifest"), place("/c", "by json", "sidecar_json")]
+        [
+            place("/a", "by text", "sidecar_txt"),
+            place("/b", "by list", "manifest"),
+            place("/c", "by json", "sidecar_json"),
+        ]
     )
     assert found == ("by list", "manifest")
 

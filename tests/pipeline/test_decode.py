@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
 import av
+import numpy as np
 import pytest
 
 from pipeline.decode import BUILT_IN, Image, open_video, turned

@@ -109,7 +109,7 @@ def test_the_limit_of_the_picture_library_stays_as_it_was(tmp_path: Path) -> Non
     assert before == Image.MAX_IMAGE_PIXELS
 
 
-def test_real_pictures(subtests: object = None) -> None:
+def test_real_pictures() -> None:
     media = shared_media()
     expected = json.loads((media / "expected.json").read_text())["display_size"]
     for path in sorted((media / "image").iterdir()):

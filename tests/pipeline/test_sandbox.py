@@ -35,6 +35,10 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
+def be_killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def hang() -> None:
     time.sleep(60)
 
@@ -112,6 +116,14 @@ def test_a_crash_is_named_by_its_signal(sandbox: Sandbox) -> None:
         sandbox.run(crash)
     assert caught.value.reason == "DecoderCrashed"
     assert sandbox.run(double, 2) == 4
+
+
+def test_whom_the_machine_kills_may_try_again(sandbox: Sandbox) -> None:
+    with pytest.raises(RowError, match="SIGKILL") as killed:
+        sandbox.run(be_killed)
+    with pytest.raises(RowError) as crashed:
+        sandbox.run(crash)
+    assert (killed.value.terminal, crashed.value.terminal) == (False, True)
 
 
 def test_an_exit_is_a_crash_too(sandbox: Sandbox) -> None:

@@ -69,7 +69,12 @@ def test_tiny_pictures(scorer: TextScorer) -> None:
 def test_only_what_changed_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = TextScorer(TextConfig())
     looked: list[Image] = []
-    monkeypatch.setattr(scorer, "_measure", lambda image: looked.append(image) or float(len(looked)))
+
+    def measure(image: Image) -> float:
+        looked.append(image)
+        return float(len(looked))
+
+    monkeypatch.setattr(scorer, "_measure", measure)
     plain = texture(3, 455, 256, low=30, high=90)
     noisy = np.clip(plain + np.random.default_rng(0).normal(0, 4, plain.shape), 0, 255).astype(np.uint8)
     assert [scorer.coverage(image) for image in (plain, plain.copy(), noisy)] == [1.0, 1.0, 1.0]

@@ -133,10 +133,41 @@ def test_a_run_is_recorded_once_per_status_whatever_the_file_count(lake: Lake) -
     assert lake.facts(LEDGER).num_snapshots == 6
 
 
-def test_names_a_path_may_have(tmp_path: Path) -> None:
-    lake = Lake(tmp_path / "a lake, ü")
+@pytest.mark.parametrize("name", ["a lake, ü", "quote'\"", "[a-z]*"])
+def test_names_a_path_may_have(tmp_path: Path, name: str) -> None:
+    lake = Lake(tmp_path / name)
     lake.append(ITEMS, rows(1), "r")
     assert parts(Lake(lake.where)) == [1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+
+
+@pytest.mark.parametrize("name", ["#1", "50%25", "what?", "new\nline", "not utf-8 \udcff"])
+def test_names_a_path_may_not_have(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="use another folder"):
+        Lake(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+CONFIGURED = """
+lake = Lake.open("catalog:tested", must_exist=True)
+assert parts(lake) == []
+assert lake.append(ITEMS, rows(1, 2), "r") == 2
+assert pickle.loads(pickle.dumps(lake)).append(ITEMS, rows(2, 3), "r") == 1
+assert lake.commit_files(ITEMS, [lake.write_files(ITEMS, rows(3, 4), "r")], "r") == 1
+lake.tag(ITEMS, "x", lake.snapshot_id(ITEMS))
+assert parts(lake) == [1, 2, 3, 4]
+"""
+
+
+def test_a_catalog_of_pyicebergs_own_configuration(lake: Lake, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="set OUTBACK_FILES"):
+        Lake.open("catalog:tested")
+    folder = tmp_path / "warehouse"
+    folder.mkdir()
+    settings = {"TYPE": "sql", "URI": f"sqlite:///{folder}/c.db", "WAREHOUSE": f"file://{folder}"}
+    environment = {f"PYICEBERG_CATALOG__TESTED__{name}": value for name, value in settings.items()}
+    finish(start(CONFIGURED, lake, **environment, OUTBACK_FILES=str(tmp_path / "files")))
+    assert list(folder.rglob("*.parquet"))
 
 
 # --- files of workers ---
@@ -350,6 +381,24 @@ def test_a_new_nullable_column_is_null_in_old_rows(lake: Lake) -> None:
     ]
     assert lake.append(ITEMS, rows(3), "r") == 1  # old code still writes
     assert parts(lake) == [1, 2, 3]
+
+
+def test_two_that_widen_a_table_at_once(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake.append(ITEMS, rows(1), "r")
+    other, load = Lake(lake.where), lake._load
+    late: list[int] = []
+
+    def load_and_be_late(table: Table) -> object:
+        handle = load(table)
+        if not late:
+            late.append(other.append(WIDER, [{**rows(2)[0], "label": "x"}], "r"))
+        return handle
+
+    monkeypatch.setattr(lake, "_load", load_and_be_late)
+    assert lake.append(WIDER, [{**rows(3)[0], "label": "y"}], "r") == 1
+    assert late == [1]
+    labels = lake.read(WIDER, ["part", "label"]).sort_by("part")["label"].to_pylist()
+    assert labels == [None, "x", "y"]
 
 
 def test_the_content_hash_does_not_depend_on_files_order_or_runs(tmp_path: Path) -> None:

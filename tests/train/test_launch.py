@@ -108,7 +108,11 @@ def test_a_finished_training_is_returned_without_ray(tmp_path: Path, monkeypatch
     monkeypatch.setattr("train.launch._ray", _refuse)
     # How a training is executed is no part of what it is.
     again = pretrain(pretrain_config(execution={"num_workers": 2, "log_every": 1}), data, storage)
-    assert (again.folder, again.checkpoint_digest, again.losses) == (first.folder, first.checkpoint_digest, first.losses)
+    assert (again.folder, again.checkpoint_digest, again.losses) == (
+        first.folder,
+        first.checkpoint_digest,
+        first.losses,
+    )
     assert (first.resumed_from_step, again.resumed_from_step) == (0, 8)
 
 
