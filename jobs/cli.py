@@ -83,7 +83,9 @@ def curate(
 ) -> None:
     """Choose clips by thresholds, print the funnel, and name the set."""
     from jobs.curate import curate as run
-    from jobs.curate import load_curate_recipe, print_curate
+    from jobs.curate import leave_pandas_out, load_curate_recipe, print_curate
+
+    leave_pandas_out()
 
     result = run(_open(lake), load_curate_recipe(recipe, overrides or ()), name, dry_run=dry_run)
     print_curate(result, json)

@@ -162,7 +162,7 @@ def leave_pandas_out() -> None:
     """For a process that does nothing but curate: pandas, which nothing here uses, is not imported.
 
     Arrow imports it, where it is installed, at the first conversion of a Python value, which takes a third of a second.
-    Call it before Arrow is imported; data frames are out of reach of the process from then on.
+    Call it first thing after the import; data frames are out of reach of the process from then on.
     """
 
     class WithoutPandas(MetaPathFinder):

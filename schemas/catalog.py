@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
     from pyiceberg.catalog import Catalog
     from pyiceberg.expressions import BooleanExpression
+    from pyiceberg.manifest import DataFile
     from pyiceberg.table import Table as IcebergTable
     from pyiceberg.table.snapshots import Snapshot
 
@@ -256,18 +257,16 @@ class Lake:
             seen = self._known_keys_of(table, handle, firsts, run_id)
             fresh = stamped.filter(pa.array([key not in seen for key in keys]))
             if len(fresh):
-                handle.append(fresh, snapshot_properties=properties)
+                _add_files(handle, _write_parquet(handle, fresh), properties)
             return len(fresh)
 
         return self._publish(table, publish, run_id)
 
     def write_files(self, table: Table, rows: pa.Table | Sequence[Mapping[str, object]], run_id: str) -> WrittenFiles:
         """In a worker: write rows as Parquet files of the table without publishing them."""
-        from pyiceberg.io.pyarrow import _dataframe_to_data_files
-
         stamped = self._first_per_key(table, self._stamp(table, rows, run_id))
         handle = self._load_for_write(table)
-        data_files = list(_dataframe_to_data_files(handle.metadata, stamped, handle.io)) if len(stamped) else []
+        data_files = _write_parquet(handle, stamped) if len(stamped) else []
         return WrittenFiles(table.name, pickle.dumps(data_files), tuple(_key_strings(table, stamped)))
 
     def commit_files(self, table: Table, written: Sequence[WrittenFiles], run_id: str) -> int:
@@ -295,16 +294,9 @@ class Lake:
             leftover = pa.concat_tables(rest) if rest else table.empty()
             if not whole and not len(leftover):
                 return 0
-            from pyiceberg.io.pyarrow import _dataframe_to_data_files
-
             if len(leftover):
-                whole += list(_dataframe_to_data_files(handle.metadata, leftover, handle.io))
-            with (
-                handle.transaction() as transaction,
-                transaction.update_snapshot(properties).merge_append() as snapshot,
-            ):
-                for file in whole:
-                    snapshot.append_data_file(file)
+                whole += _write_parquet(handle, leftover)
+            _add_files(handle, whole, properties)
             return added + len(leftover)
 
         return self._publish(table, publish, run_id) if batches else 0
@@ -558,6 +550,21 @@ def _files_added_by(handle: "IcebergTable", snapshot: "Snapshot") -> list[str]:
         for entry in manifest.fetch_manifest_entry(handle.io)
         if entry.snapshot_id == snapshot.snapshot_id
     ]
+
+
+def _write_parquet(handle: "IcebergTable", rows: pa.Table) -> "list[DataFile]":
+    """Rows of the table's schema -> unpublished data files. PyIceberg's `append` would check the schema once more, and
+    import a printer of tables for the case that it fails.
+    """
+    from pyiceberg.io.pyarrow import _dataframe_to_data_files
+
+    return list(_dataframe_to_data_files(handle.metadata, rows, handle.io))
+
+
+def _add_files(handle: "IcebergTable", files: "Sequence[DataFile]", properties: dict[str, str]) -> None:
+    with handle.transaction() as transaction, transaction.update_snapshot(properties).merge_append() as snapshot:
+        for file in files:
+            snapshot.append_data_file(file)
 
 
 def _planned_files(handle: "IcebergTable", at: int | None, where: "BooleanExpression | None" = None) -> list[str]:

@@ -32,7 +32,10 @@ UNUSED_CALLBACKS = {
     "PlacementGroupCleanerCallback",  # asks the dashboard, each second, whether the driver lives
     "DatasetsCallback",  # serves Ray Data, which does not feed these trainings
 }
-WORKER_ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # without it, deterministic matrix products raise on a GPU
+WORKER_ENVIRONMENT = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it, deterministic matrix products raise on a GPU
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait take the CPU from whoever shares the machine
+}
 
 
 def training_identity(objective_name: str, config: Any, data_id: str, data_sha256: str) -> TrainingIdentity:

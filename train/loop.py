@@ -88,8 +88,10 @@ class Objective(Protocol):
         """Called once, before step 0, on all workers alike."""
         ...
 
-    def loss(self, model: nn.Module, rows: Rows, device: torch.device, state: dict[str, Tensor]) -> dict[str, Term]:
-        """The terms of these rows. The one named `loss` is trained on."""
+    def loss(
+        self, model: nn.Module, rows: Rows, step: int, device: torch.device, state: dict[str, Tensor]
+    ) -> dict[str, Term]:
+        """The terms of these rows at this step. The one named `loss` is trained on."""
         ...
 
     def finish_step(self, model: nn.Module, step: int, device: torch.device, state: dict[str, Tensor]) -> None:
@@ -199,7 +201,7 @@ def _train_step(
         batch_indices(config.seed, step, config.batch_size, objective.num_rows()), rank(), num_workers()
     )
     optimizer.zero_grad(set_to_none=True)
-    terms = objective.loss(model, rows, device, state)
+    terms = objective.loss(model, rows, step, device, state)
     terms["loss"].total.backward()
     figures = reduce_step(model, terms)
     norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm))

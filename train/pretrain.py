@@ -74,7 +74,9 @@ class PretrainObjective:
     def start(self, model: nn.Module, device: torch.device) -> None:
         """Nothing to prepare."""
 
-    def loss(self, model: nn.Module, rows: Rows, device: torch.device, state: dict[str, Tensor]) -> dict[str, Term]:
+    def loss(
+        self, model: nn.Module, rows: Rows, step: int, device: torch.device, state: dict[str, Tensor]
+    ) -> dict[str, Term]:
         """Rows -> `loss`, and the plain cross-entropies of `text` and `vision`."""
         batch = token_batch(self._file(), rows, self.data, self.config.vision_weight).to(device)
         logits_BLV = model(batch.tokens_BL, positions_BL=batch.positions_BL, document_ids_BL=batch.document_ids_BL)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from model.vision_tokenizer.pixels import pixels_from_rgb
 from model.vision_tokenizer.tokenizer import VisionTokenizer
 from model.weights import save_vision_tokenizer
 from schemas.errors import ConfigError
-from train.batches import FRAMES_PER_CHUNK, FrameData, FrameFile, Rows, batch_indices, open_frames
+from train.batches import FRAMES_PER_CHUNK, FrameData, FrameFile, Frames, Rows, batch_indices, open_frames
 from train.launch import run_training, training_identity
 from train.loop import TrainingConfig
 from train.losses import Term, vision_tokenizer_loss
@@ -43,6 +44,8 @@ class TokenizerTrainingConfig(TrainingConfig):
     optim: OptimConfig = OptimConfig(learning_rate=1e-4, betas=(0.5, 0.9), weight_decay=0.0, max_grad_norm=1.0)
     codebook_weight: float = Field(default=0.25, gt=0)
     commitment_weight: float = Field(default=1.0, gt=0)
+    crop_px: int | None = Field(default=None, ge=8, multiple_of=8)
+    """Side of a square cut from each chunk anew at each step; None trains on whole chunks."""
     latent_batch: int = Field(default=32, ge=1)
     """Chunks whose latents the codebook, and later its unused codes, are placed on."""
     reset_every: int = Field(default=50, ge=1)
@@ -73,9 +76,15 @@ class TokenizerObjective:
         """Chunks of the data."""
         return len(self._file())
 
+    def side_px(self) -> tuple[int, int]:
+        """Height and width of the chunks."""
+        height, width = self._file().read(np.zeros(1, np.int64)).shape[2:4]
+        return height, width
+
     def build_model(self) -> nn.Module:
         """A fresh tokenizer, in the memory layout that convolutions on CPUs and GPUs are fastest in."""
         model = VisionTokenizer(self.config.tokenizer_config())
+        model.pass_through_time()
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -90,15 +99,17 @@ class TokenizerObjective:
         """Place the codebook on latents of the data."""
         assert isinstance(model, VisionTokenizer)
         with torch.no_grad():
-            latents_BCthw = model.latents(self._pixels(self._latent_rows(0), device))
+            latents_BCthw = model.latents(self._pixels(self._latent_rows(0), 0, device))
         for module in model.modules():
             if isinstance(module, nn.BatchNorm3d):
                 module.reset_running_stats()  # they belong to the steps
         model.quantize.init_codebook_from_latents(latents_BCthw, torch.Generator().manual_seed(self.config.seed))
 
-    def loss(self, model: nn.Module, rows: Rows, device: torch.device, state: dict[str, Tensor]) -> dict[str, Term]:
+    def loss(
+        self, model: nn.Module, rows: Rows, step: int, device: torch.device, state: dict[str, Tensor]
+    ) -> dict[str, Term]:
         """Chunks -> `loss`, and its `pixels` (squared error in [-1, 1]) and `commitment` parts."""
-        pixels_BTCHW = self._pixels(rows, device)
+        pixels_BTCHW = self._pixels(rows, step, device)
         output = model(pixels_BTCHW)
         uses_K = torch.bincount(output.codes_BThw.flatten().cpu(), minlength=len(state[CODE_USES]))
         state[CODE_USES] += sum_over_workers(uses_K)
@@ -112,7 +123,7 @@ class TokenizerObjective:
             return
         with torch.no_grad():
             model.eval()  # the running statistics belong to the steps
-            latents_BCthw = model.latents(self._pixels(self._latent_rows(done), device))
+            latents_BCthw = model.latents(self._pixels(self._latent_rows(done), done, device))
             model.train()
         generator = torch.Generator().manual_seed(self.config.seed + done)
         model.quantize.reset_dead_codes(state[CODE_USES], latents_BCthw, generator)
@@ -127,8 +138,18 @@ class TokenizerObjective:
         """The same rows on every worker, so that all place codes alike."""
         return batch_indices(self.config.seed, step, min(self.config.latent_batch, self.num_rows()), self.num_rows())
 
-    def _pixels(self, rows: Rows, device: torch.device) -> Tensor:
-        return pixels_from_rgb(self._file().read(rows)).to(device)
+    def _pixels(self, rows: Rows, step: int, device: torch.device) -> Tensor:
+        chunks = self._file().read(rows)
+        if self.config.crop_px is not None:
+            chunks = np.stack([self._crop(chunk, int(row), step) for chunk, row in zip(chunks, rows, strict=True)])
+        return pixels_from_rgb(chunks).to(device)
+
+    def _crop(self, chunk: Frames, row: int, step: int) -> Frames:
+        """A square at a place that seed, step and row decide, so it is the same on any worker."""
+        side = self.config.crop_px or 0
+        rng = np.random.default_rng([self.config.seed, step, row])
+        top, left = (int(rng.integers(0, length - side + 1)) for length in chunk.shape[1:3])
+        return chunk[:, top : top + side, left : left + side]
 
     def _file(self) -> FrameFile:
         return open_frames(self.data.path)
@@ -148,6 +169,8 @@ def train_vision_tokenizer(
             f"found temporal_downsample_factor {architecture.temporal_downsample_factor}, expected {FRAMES_PER_CHUNK}, "
             "the frames of a chunk"
         )
+    if config.crop_px is not None and objective.num_rows() and config.crop_px > min(objective.side_px()):
+        raise ConfigError(f"found crop_px {config.crop_px}, expected at most {objective.side_px()}, the chunks' size")
     if objective.num_rows() == 0:
         raise ConfigError(f"found no frames in {data.path}: choose a curated set that holds images or video")
     identity = training_identity(OBJECTIVE, config, data.data_id, data.sha256)

@@ -407,7 +407,7 @@ from tests.jobs.test_curate import *
 low, moment = float(sys.argv[2]), float(sys.argv[3])
 import pyiceberg.catalog.sql, pyiceberg.io.pyarrow
 while time.time() < moment:
-    pass
+    time.sleep(0.001)
 try:
     print(curate(Lake(sys.argv[1]), CurateRecipe(resolution=Bounds(low=low)), "x").curated_id)
 except ConfigError:

@@ -60,7 +60,7 @@ def sequence_data(folder: Path, num_rows: int = 12, seed: int = 0) -> SequenceDa
     return SequenceData(path, f"set-{seed}", f"sha-{seed}", VOCABULARY, text_tokenizer(), CONTEXT_LEN)
 
 
-def frame_data(folder: Path, num_chunks: int = 6, size_px: int = 8) -> FrameData:
+def frame_data(folder: Path, num_chunks: int = 6, size_px: int = 12) -> FrameData:
     rng = np.random.default_rng(0)
     chunks = rng.integers(0, 256, (num_chunks, 4, size_px, size_px, 3), np.uint8)
     path = folder / "frames.npy"
@@ -79,7 +79,7 @@ def tokenizer_config(**changes: Any) -> TokenizerTrainingConfig:
     execution = {"num_threads": 1, "checkpoint_every": 3, "log_every": 2, **changes.pop("execution", {})}
     # Biases of attention keys and before norms have no gradient but rounding, which Adam blows up if eps is small.
     optim = {"learning_rate": 0.001, "betas": (0.9, 0.95), "weight_decay": 0.0, "eps": 1e-4}
-    values = {"steps": 8, "batch_size": 4, "optim": optim, "reset_every": 2, "latent_batch": 4, **changes}
+    values = {"steps": 8, "batch_size": 4, "optim": optim, "reset_every": 2, "latent_batch": 4, "crop_px": 8, **changes}
     return TokenizerTrainingConfig.model_validate(
         {"size": "tiny", "model": TINY_TOKENIZER, "execution": execution, **values}
     )

@@ -76,6 +76,7 @@ def test_a_killed_worker_is_restarted_and_ends_with_the_same_bits(cluster: None,
     assert loaded.vocabulary == VOCABULARY
 
 
+@pytest.mark.slow
 def test_the_vision_tokenizer_trains_on_the_cluster(cluster: None, tmp_path: Path) -> None:
     result = train_vision_tokenizer(tokenizer_config(steps=4), frame_data(tmp_path), tmp_path / "run")
     assert result.checkpoint_digest == digest(result.folder)
@@ -83,15 +84,16 @@ def test_the_vision_tokenizer_trains_on_the_cluster(cluster: None, tmp_path: Pat
     assert set(result.losses[0]) == {"step", "loss", "pixels", "commitment", "grad_norm", "learning_rate"}
 
 
+@pytest.mark.slow
 def test_a_worker_that_keeps_failing_fails_the_training_with_its_own_error(cluster: None, tmp_path: Path) -> None:
     config = pretrain_config(optim={"learning_rate": 1e30}, execution={"max_failures": 0})
-    with pytest.raises(ConfigError, match="lower optim.learning_rate"):
+    with pytest.raises(ConfigError, match=r"lower optim\.learning_rate"):
         pretrain(config, sequence_data(tmp_path), tmp_path / "run")
 
 
 def test_more_cpus_than_the_cluster_has_are_refused(cluster: None, tmp_path: Path) -> None:
     config = pretrain_config(execution={"num_workers": 2, "num_threads": 2})
-    with pytest.raises(ConfigError, match="found 2 CPUs .* expected at least 4"):
+    with pytest.raises(ConfigError, match=r"found 2 CPUs .* expected at least 4"):
         pretrain(config, sequence_data(tmp_path), tmp_path / "run")
 
 
@@ -184,7 +186,8 @@ def test_a_resumed_log_drops_what_was_lost(tmp_path: Path) -> None:
 
 
 def test_progress_is_passed_on_while_the_work_runs(tmp_path: Path) -> None:
-    path, seen = tmp_path / "progress.jsonl", []
+    path = tmp_path / "progress.jsonl"
+    seen: list[Progress] = []
     ProgressLog(path, 4, 0).write(1, {"loss": 9.0}, 0.1)  # of an earlier attempt
     with follow(path, seen.append):
         log = ProgressLog(path, 4, 1)

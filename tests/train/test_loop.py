@@ -160,9 +160,8 @@ def test_two_workers_take_the_steps_of_one() -> None:
         for name, weights in one.items():
             two = load_file(folder / f"two-{name}" / "weights" / "model.safetensors")
             for key, value in weights.items():
-                torch.testing.assert_close(
-                    two[key], value, rtol=0, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
-                )
+                worst = float((two[key] - value).abs().max())
+                assert worst <= 1e-5, f"{name}: {key} differs by {worst}"
             losses = [read_losses(folder / f"{run}-{name}" / "progress.jsonl") for run in ("one", "two")]
             for mine, theirs in zip(*losses, strict=True):
                 assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)

@@ -20,7 +20,9 @@ def _batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_loss_is_the_definition() -> None:
     logits, labels, weights = _batch()
-    total, vision, text = 0.0, [], []
+    total = 0.0
+    vision: list[float] = []
+    text: list[float] = []
     for row in range(3):
         for place in range(7):
             nll = -torch.log_softmax(logits[row, place].float(), -1)[labels[row, place]].item()

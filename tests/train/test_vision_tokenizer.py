@@ -1,0 +1,87 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from model.vision_tokenizer.pixels import pixels_from_rgb
+from model.vision_tokenizer.tokenizer import VisionTokenizer
+from schemas.errors import ConfigError
+from tests.train.small_data import frame_data, tokenizer_config
+from train.batches import FrameFile
+from train.vision_tokenizer import CODE_USES, TokenizerObjective, train_vision_tokenizer
+
+CPU = torch.device("cpu")
+
+
+def _started(objective: TokenizerObjective) -> tuple[VisionTokenizer, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    model = objective.build_model().train()
+    assert isinstance(model, VisionTokenizer)
+    objective.start(model, CPU)
+    return model, objective.initial_state(model)
+
+
+def test_the_codebook_starts_on_latents_of_the_data(tmp_path: Path) -> None:
+    data = frame_data(tmp_path)
+    objective = TokenizerObjective(tokenizer_config(crop_px=None, latent_batch=6), data)
+    model, _ = _started(objective)
+    with torch.no_grad():
+        latents = model.latents(pixels_from_rgb(FrameFile(data.path).read(np.arange(6))))
+    points = latents.movedim(1, -1).flatten(0, 3)
+    distances = torch.cdist(model.quantize.embedding.weight, points).min(dim=1).values
+    assert float(distances.max()) < 0.1 * float(points.std(dim=0).norm())
+
+
+def test_uses_are_counted_and_unused_codes_moved(tmp_path: Path) -> None:
+    objective = TokenizerObjective(tokenizer_config(reset_every=2, steps=8), frame_data(tmp_path))
+    model, state = _started(objective)
+    with torch.no_grad():
+        model.quantize.embedding.weight[3] = 1e3  # far from everything: nothing chooses it
+    objective.loss(model, np.arange(4), 0, CPU, state)
+    codes_per_chunk = 4 * 4  # an 8 px crop at two pixels per code
+    assert int(state[CODE_USES].sum()) == 4 * codes_per_chunk
+    assert int(state[CODE_USES][3]) == 0
+    objective.finish_step(model, 0, CPU, state)
+    assert float(model.quantize.embedding.weight[3, 0]) == 1e3  # not yet
+    objective.finish_step(model, 1, CPU, state)
+    assert float(model.quantize.embedding.weight[3].abs().max()) < 1e2
+    assert int(state[CODE_USES].sum()) == 0
+    assert model.training
+
+
+def test_codes_stay_where_they_are_near_the_end(tmp_path: Path) -> None:
+    objective = TokenizerObjective(
+        tokenizer_config(reset_every=2, steps=8, reset_until_ratio=0.5), frame_data(tmp_path)
+    )
+    model, state = _started(objective)
+    before = model.quantize.embedding.weight.clone()
+    objective.finish_step(model, 5, CPU, state)  # nothing was used, but step 6 of 8 is past the half
+    assert torch.equal(model.quantize.embedding.weight, before)
+
+
+def test_a_crop_depends_on_seed_step_and_row_alone(tmp_path: Path) -> None:
+    data = frame_data(tmp_path, size_px=32)
+    objective = TokenizerObjective(tokenizer_config(crop_px=8), data)
+    together = objective._pixels(np.array([0, 3, 5]), 4, CPU)
+    assert together.shape == (3, 4, 3, 8, 8)
+    for place, row in enumerate((0, 3, 5)):
+        assert torch.equal(objective._pixels(np.array([row]), 4, CPU)[0], together[place])
+    other_step = objective._pixels(np.array([0, 3, 5]), 5, CPU)
+    assert not torch.equal(other_step, together)
+    whole = pixels_from_rgb(FrameFile(data.path).read(np.array([3])))
+    places = whole.unfold(3, 8, 1).unfold(4, 8, 1)[0, 0, 0].flatten(2, 3).flatten(0, 1)
+    assert (places == together[1, 0, 0].flatten()).all(dim=1).any()
+
+
+def test_crops_larger_than_the_frames_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="crop_px 16"):
+        train_vision_tokenizer(tokenizer_config(crop_px=16), frame_data(tmp_path), tmp_path / "run")
+
+
+def test_wrong_models_are_refused() -> None:
+    with pytest.raises(ValidationError, match="expected one of"):
+        tokenizer_config(size="huge")
+    with pytest.raises(ValidationError, match="ch_multiplier"):
+        tokenizer_config(model={"ch_multiplier": [1, 2]})
