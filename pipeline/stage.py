@@ -115,6 +115,7 @@ def run_stage(
     committer = _Committer(lake, stage, run_id)
     on_progress(0, len(todo), "")
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        assert isinstance(batch, pa.Table)  # as asked for
         for row in batch.to_pylist():
             committer.add(row)
             note = f"{committer.num_failed} failed" if committer.num_failed else ""

@@ -33,7 +33,9 @@ ATTEMPTS = Table(
         Column("item_id", pa.string(), "media_id, clip_id, or the URI of a file that is no medium"),
         Column("attempt", pa.int32(), "count, from 1"),
         Column("error_class", pa.string(), "short stable name of the reason"),
-        Column("message", pa.string(), "what was found, what was expected", provenance=True),  # libraries put times in it
+        Column(
+            "message", pa.string(), "what was found, what was expected", provenance=True
+        ),  # libraries put times in it
         Column("terminal", pa.bool_(), "whether trying the same bytes again is pointless"),
         Column("uri", pa.string(), "the file concerned", nullable=True),
         Column("host", pa.string(), "where it failed", provenance=True),

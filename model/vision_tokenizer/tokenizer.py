@@ -4,6 +4,7 @@ Shapes: B clips, T frames, t latent frames (T / 4), C channels, H W pixels, h w 
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ class VisionTokenizer(nn.Module):
             block.conv2.conv.weight.mul_(TEMPORAL_NOISE)
         # Latents on the positive side, which SiLU lets through.
         self.encoder.conv_out.weight.mul_(0.3)
-        self.encoder.conv_out.bias.fill_(1.0)
+        nn.init.ones_(cast(Tensor, self.encoder.conv_out.bias))
 
     @torch.no_grad()
     def encode(self, pixels_BTCHW: Tensor) -> Tensor:

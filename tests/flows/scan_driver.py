@@ -32,7 +32,7 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return publish(lake, table, written, run_id)
 
-    Lake.commit_files = commit_files  # type: ignore[method-assign]  # the one place a real driver could die
+    Lake.commit_files = commit_files  # type: ignore[method-assign, assignment]  # where a real driver could die
     report = scan(
         Lake.open(options.lake), ScanConfig(decoder=options.decoder, limits=ScanLimits(timeout_s=options.timeout_s))
     )
