@@ -52,17 +52,19 @@ class TechnicalScorer:
 
         config = self._config
         luma: NDArray[np.uint8] = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)  # type: ignore[assignment]  # uint8 in and out
-        low, high = config.clip_margin, 255 - config.clip_margin
-        channels = image.astype(np.int16)
-        spread = channels.max(axis=2) - channels.min(axis=2)
-        laplacian = cv2.Laplacian(luma, cv2.CV_32F)
+        mean, deviation = cv2.meanStdDev(luma)
+        levels = np.bincount(luma.ravel(), minlength=256)
+        clipped = levels[: config.clip_margin + 1].sum() + levels[255 - config.clip_margin :].sum()
+        blue, green, red = cv2.split(image)
+        spread = cv2.subtract(cv2.max(cv2.max(blue, green), red), cv2.min(cv2.min(blue, green), red))
+        coloured = np.count_nonzero(spread > config.grey_chroma)
         return TechnicalValues(
-            sharpness=float(laplacian.var(dtype=np.float64)),
-            luma_mean=float(luma.mean(dtype=np.float64)) / 255,
-            luma_std=float(luma.std(dtype=np.float64)) / 255,
-            clipped_ratio=float(((luma <= low) | (luma >= high)).mean()),
-            colourfulness=colourfulness(channels),
-            monochrome_ratio=float((spread <= config.grey_chroma).mean()),
+            sharpness=float(cv2.meanStdDev(cv2.Laplacian(luma, cv2.CV_32F))[1].item() ** 2),
+            luma_mean=float(mean.item()) / 255,
+            luma_std=float(deviation.item()) / 255,
+            clipped_ratio=float(clipped) / luma.size,
+            colourfulness=colourfulness(image),
+            monochrome_ratio=1.0 - float(coloured) / luma.size,
             letterbox_ratio=self._letterbox_ratio(luma),
         )
 
@@ -85,13 +87,14 @@ class TechnicalScorer:
         return int(outside[0]) if outside.size else len(luma)
 
 
-def colourfulness(channels: NDArray[np.int16]) -> float:
+def colourfulness(image: Image) -> float:
     """BGR [height, width, 3] -> Hasler and Suesstrunk's M3 (2003): 0 grey, 33 moderate, 59 quite, over 100 vivid."""
-    blue, green, red = (channels[..., index].astype(np.float32) for index in range(3))
-    red_green = red - green
-    yellow_blue = (red + green) / 2 - blue
-    deviation = np.hypot(red_green.std(dtype=np.float64), yellow_blue.std(dtype=np.float64))
-    distance = np.hypot(red_green.mean(dtype=np.float64), yellow_blue.mean(dtype=np.float64))
+    import cv2
+
+    blue, green, red = cv2.split(image.astype(np.float32))
+    red_green = cv2.meanStdDev(red - green)
+    yellow_blue = cv2.meanStdDev((red + green) / 2 - blue)
+    distance, deviation = (np.hypot(red_green[index].item(), yellow_blue[index].item()) for index in range(2))
     return float(deviation + 0.3 * distance)
 
 

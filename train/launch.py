@@ -73,6 +73,7 @@ def _result(folder: TrainingFolder, resumed_from_step: int) -> TrainingResult:
 def _fit(objective: Objective, identity: TrainingIdentity, folder: TrainingFolder) -> None:
     import ray.train
     import ray.train.torch
+    from ray import cloudpickle
 
     class LeanTorchTrainer(ray.train.torch.TorchTrainer):
         """Without the helper actors that this training has no use for: seconds less for each start."""
@@ -84,7 +85,8 @@ def _fit(objective: Objective, identity: TrainingIdentity, folder: TrainingFolde
     execution = objective.config.execution
     trainer = LeanTorchTrainer(
         _worker,
-        train_loop_config={"objective": objective, "identity": identity, "storage": folder.path},
+        # As bytes: Ray's controller looks at this dictionary, and would import all that it names just to pass it on.
+        train_loop_config={"training": cloudpickle.dumps((objective, identity, folder.path))},
         torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if execution.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=execution.num_workers,
@@ -111,10 +113,12 @@ def _fit(objective: Objective, identity: TrainingIdentity, folder: TrainingFolde
         ) from error
 
 
-def _worker(arguments: dict[str, Any]) -> None:
+def _worker(arguments: dict[str, bytes]) -> None:
     import ray.train
+    from ray import cloudpickle
 
-    run_loop(report=lambda figures: ray.train.report(dict(figures)), **arguments)
+    objective, identity, storage = cloudpickle.loads(arguments["training"])
+    run_loop(objective, identity, storage, lambda figures: ray.train.report(dict(figures)))
 
 
 @contextlib.contextmanager

@@ -114,7 +114,7 @@ def test_a_single_frame(tmp_path: Path) -> None:
 def test_ids_change_with_what_they_name() -> None:
     plain = ScanConfig()
     assert plain.scan_id == ScanConfig(decoder="opencv", limits=ScanLimits(timeout_s=5)).scan_id
-    flow = ScanConfig(motion=MotionConfig(preset="fast"))
+    flow = ScanConfig(motion=MotionConfig(preset="medium"))
     assert flow.scan_id != plain.scan_id
     changed = {name for name, value in flow.scorer_ids.items() if value != plain.scorer_ids[name]}
     assert changed == {"score_motion"}

@@ -26,17 +26,23 @@ def view(surface: Image, right: int, down: int) -> Image:
     return np.ascontiguousarray(surface[200 - down : 200 - down + HEIGHT, 250 - right : 250 - right + WIDTH])
 
 
-def measure(before: Image, after: Image, step_s: float = 0.5, preset: Preset = "medium") -> float:
+def measure(before: Image, after: Image, step_s: float = 0.5, preset: Preset = "fast") -> float:
     return MotionScorer(MotionConfig(preset=preset)).pair(Sample(before, 0.0), Sample(after, step_s))
 
 
+@pytest.mark.parametrize("preset", ["fast", "medium"])
 @pytest.mark.parametrize("blur", [2.0, 12.0])
 @pytest.mark.parametrize(("right", "down"), [(1, 0), (3, 1), (8, -5), (20, 10), (40, 0), (80, 30), (-120, 0)])
-def test_a_known_shift(blur: float, right: int, down: int) -> None:
+def test_a_known_shift(preset: Preset, blur: float, right: int, down: int) -> None:
     picture = surface(blur)
     expected = math.hypot(right, down) / HEIGHT
-    tolerance = 0.03 if abs(right) < 100 else 0.1  # a quarter of the picture has nothing to be found in
-    assert measure(view(picture, 0, 0), view(picture, right, down)) == pytest.approx(expected, rel=tolerance)
+    tolerance = 0.03
+    if abs(right) > 100:
+        tolerance = 0.1  # a quarter of the picture has nothing to be found in
+    if abs(right) == 1 and preset == "fast":
+        tolerance = 0.15
+    found = measure(view(picture, 0, 0), view(picture, right, down), preset=preset)
+    assert found == pytest.approx(expected, rel=tolerance)
 
 
 def test_a_moving_part_counts_by_its_area() -> None:
@@ -93,7 +99,7 @@ def test_clip_scores() -> None:
 
 def test_the_id_names_the_settings() -> None:
     assert MotionConfig().scorer_id == MotionConfig().scorer_id
-    assert MotionConfig().scorer_id != MotionConfig(preset="fast").scorer_id
+    assert MotionConfig().scorer_id != MotionConfig(preset="medium").scorer_id
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,12 @@ def test_flat_pictures() -> None:
     assert black.letterbox_ratio == white.letterbox_ratio == 0
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (30, 24)])
+def test_tiny_pictures(size: tuple[int, int]) -> None:
+    values = measure(np.full((size[1], size[0], 3), (200, 30, 30), np.uint8))
+    assert (values.monochrome_ratio, values.sharpness, values.letterbox_ratio) == (0.0, 0.0, 0.0)
+
+
 def test_half_black_half_white() -> None:
     image = np.zeros((64, 64, 3), np.uint8)
     image[:, 32:] = 255
