@@ -135,6 +135,7 @@ def _ask(prompt: str, kind: Literal["image", "video"], index: int) -> Ask:
 
 def _print_figures(figures: DemoFigures, num_drawn: int) -> None:
     images, true = figures.images, figures.true_images
+    print(f"{figures.num_parsed} of {num_drawn} generated documents parse")
     print(
         f"{len(figures.findings) - len(figures.wrong)} of {len(figures.findings)} planted cuts and defects as planted"
     )

@@ -17,7 +17,7 @@ class TechnicalConfig(Config):
     samples: SampleSpec = SampleSpec()
     clip_margin: int = Field(2, ge=0, le=64)  # luma this close to 0 or 255 has lost its detail
     grey_chroma: int = Field(5, ge=1, le=128)  # the largest difference of channels in a pixel without colour
-    bar_luma_max: int = Field(40, ge=0, le=255)  # bars are near black: a white page has margins, not bars
+    bar_luma_max: int = Field(24, ge=0, le=255)  # as cropdetect of ffmpeg: bars are black, a dark wall is none
     bar_spread_max: int = Field(12, ge=0, le=255)  # luma differences inside a bar: coding noise
     bars_max: float = Field(0.75, gt=0, le=1)  # a portrait in a landscape frame has 0.68
 
