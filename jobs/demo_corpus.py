@@ -63,7 +63,7 @@ class CorpusConfig(Config):
     """How much of everything the corpus holds. The defaults are what the demo trains on in minutes."""
 
     num_shape_images: int = Field(default=320, ge=0)
-    num_shape_videos: int = Field(default=96, ge=0)
+    num_shape_videos: int = Field(default=64, ge=0)
     shape_size_px: int = Field(default=512, ge=64, multiple_of=2)
     shape_video_frames: int = Field(default=24, ge=2)
     shape_video_fps: int = Field(default=12, ge=1)

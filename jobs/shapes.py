@@ -36,11 +36,15 @@ VIDEO_PHRASES = (
     "a video of a {colour} {shape} moving {direction}",
 )
 
-SPEED_PER_S = 0.22  # frame edges: a two-second clip crosses almost half of the frame
-MAX_TRAVEL = 0.46
+# Places and sizes are steps, so that a few hundred pictures tell enough of this world. A step is what a code of a 64 x 64
+# picture covers, and how far a moving shape goes in the four frames of a code at 8 frames per second.
+STEPS_PER_EDGE = 8
+SPEED_PER_S = 0.25  # frame edges: a two-second clip crosses almost half of the frame
+MAX_TRAVEL = 0.48
+GROUND = 52  # and a trace of tint, so that no two files are the same bytes
 MARGIN = 0.02  # smallest gap between the shape and the edge of the frame
-STILL_RADIUS = (0.20, 0.30)  # 13 to 19 px at 64x64
-MOVING_RADIUS = (0.19, 0.24)  # smaller, so that the shape has room to travel
+STILL_RADII = (0.26, 0.30, 0.34)  # 17 to 22 px at 64x64
+MOVING_RADII = (0.19, 0.21)  # smaller, so that the shape has room to travel
 
 JUDGE_EDGE_PX = 64
 MIN_CHROMA = 60.0  # largest minus smallest channel; the dark grey ground has about 0
@@ -97,17 +101,22 @@ def make_scene(facts: ShapeFacts, seed: int) -> ShapeScene:
     if facts.direction is not None and facts.direction not in DIRECTIONS:
         raise ValueError(f"direction {facts.direction!r} is not one of {', '.join(DIRECTIONS)}")
     rng = np.random.default_rng([seed, 0x5A9E])
-    radius = float(rng.uniform(*(STILL_RADIUS if facts.direction is None else MOVING_RADIUS)))
-    low, high = radius + MARGIN, 1.0 - radius - MARGIN
-    centre = [float(rng.uniform(low, high)) for _ in range(2)]
+    radius = float(rng.choice(STILL_RADII if facts.direction is None else MOVING_RADII))
+    low, high = [radius + MARGIN] * 2, [1.0 - radius - MARGIN] * 2
     if facts.direction is not None:
         step = DIRECTIONS[facts.direction]
         axis = 0 if step[0] else 1
-        slack = float(rng.uniform(0.0, high - low - MAX_TRAVEL))
-        centre[axis] = low + slack if step[axis] > 0 else high - slack
-    grey = int(rng.integers(42, 63))
-    ground = tuple(int(grey + rng.integers(-2, 3)) for _ in range(3))
+        low[axis] -= min(0, step[axis]) * MAX_TRAVEL
+        high[axis] -= max(0, step[axis]) * MAX_TRAVEL
+    centre = [_draw_place(rng, *bounds) for bounds in zip(low, high, strict=True)]
+    ground = tuple(int(GROUND + rng.integers(-2, 3)) for _ in range(3))
     return ShapeScene(facts, (centre[0], centre[1]), radius, (ground[0], ground[1], ground[2]))
+
+
+def _draw_place(rng: np.random.Generator, low: float, high: float) -> float:
+    """One of the steps between two bounds, in fractions of the edge."""
+    first, last = math.ceil(low * STEPS_PER_EDGE - 1e-9), math.floor(high * STEPS_PER_EDGE + 1e-9)
+    return float(rng.integers(first, last + 1)) / STEPS_PER_EDGE
 
 
 def all_facts(moving: bool) -> list[ShapeFacts]:

@@ -130,17 +130,34 @@ class SelfAttention(nn.Module):
         )
 
     def _attend_spans(self, query_BHLC: Tensor, key: Tensor, value: Tensor, spans: tuple[Span, ...]) -> Tensor:
-        batch_size, num_heads, length, head_dim = query_BHLC.shape
-        parts: list[Tensor] = []  # one (H, tokens, C) for each stretch of the rows laid end to end
-        end = 0
-        for span in spans:
-            start = span.row * length + span.start
-            if start > end:  # padding sees nothing and gathers nothing
-                parts.append(query_BHLC.new_zeros(num_heads, start - end, head_dim))
-            place = (slice(span.row, span.row + 1), slice(None), slice(span.start, span.end))
-            parts.append(self._attend(query_BHLC[place], key[place], value[place], None, True)[0])
-            end = span.row * length + span.end
-        if end < batch_size * length:
-            parts.append(query_BHLC.new_zeros(num_heads, batch_size * length - end, head_dim))
-        # Joined and not written into a buffer, so that the backward pass stays linear in the number of spans.
-        return torch.cat(parts, dim=1).view(num_heads, batch_size, length, head_dim).transpose(0, 1)
+        batch_size, _, length, _ = query_BHLC.shape
+        sizes, attended = _stretches(spans, batch_size, length)
+        # Split and joined, not sliced and written into a buffer: the backward pass stays linear in the number of spans.
+        split = [torch.split(part.transpose(1, 2).flatten(0, 1), sizes) for part in (query_BHLC, key, value)]
+        parts: list[Tensor] = []  # (tokens, H, C) for each stretch of the rows laid end to end
+        for query_NHC, key_NKC, value_NKC, attends in zip(*split, attended, strict=True):
+            if attends:
+                heads = (part.transpose(0, 1).unsqueeze(0) for part in (query_NHC, key_NKC, value_NKC))
+                parts.append(self._attend(*heads, None, True)[0].transpose(0, 1))
+            else:
+                parts.append(torch.zeros_like(query_NHC))
+        return torch.cat(parts).unflatten(0, (batch_size, length)).transpose(1, 2)
+
+
+def _stretches(spans: tuple[Span, ...], batch_size: int, length: int) -> tuple[list[int], list[bool]]:
+    """Spans -> sizes that cover the rows laid end to end, and which of them are spans; the others are padding, which
+    sees nothing and gathers nothing.
+    """
+    sizes, attended, end = [], [], 0
+    for span in spans:
+        start = span.row * length + span.start
+        if start > end:
+            sizes.append(start - end)
+            attended.append(False)
+        sizes.append(span.end - span.start)
+        attended.append(True)
+        end = start + sizes[-1]
+    if end < batch_size * length:
+        sizes.append(batch_size * length - end)
+        attended.append(False)
+    return sizes, attended

@@ -64,6 +64,6 @@ class VisionTokenizerConfig(Config):
 VISION_TOKENIZER_SIZES = MappingProxyType(
     {
         "emu3": VisionTokenizerConfig(),
-        "tiny": VisionTokenizerConfig(codebook_size=512, ch=16, ch_mult=(1, 2, 2, 4), num_res_blocks=1, norm_groups=4),
+        "tiny": VisionTokenizerConfig(codebook_size=512, ch=8, ch_mult=(1, 2, 4, 4), num_res_blocks=1, norm_groups=4),
     }
 )

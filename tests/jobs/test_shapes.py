@@ -110,7 +110,10 @@ def test_other_text_is_no_caption(text: str) -> None:
 def test_scenes_repeat_by_seed_and_vary_with_it() -> None:
     facts = ShapeFacts("blue", "square")
     assert shapes.make_scene(facts, 7) == shapes.make_scene(facts, 7)
-    assert len({shapes.make_scene(facts, seed).centre for seed in range(20)}) == 20
+    scenes = {shapes.make_scene(facts, seed) for seed in range(20)}
+    assert len(scenes) == 20
+    assert len({scene.centre for scene in scenes}) > 5
+    assert len({scene.radius for scene in scenes}) == len(shapes.STILL_RADII)
 
 
 def test_prompts_outside_the_grammar_are_refused() -> None:
