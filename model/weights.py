@@ -152,6 +152,7 @@ def load_tensors(network: nn.Module, tensors: Mapping[str, Tensor], source: str)
 def _write_network(folder: Path, network: nn.Module, values: Mapping[str, object]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors makes it private
     (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 

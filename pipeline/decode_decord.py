@@ -1,5 +1,6 @@
 """Decoding with decord, for those who train with it and want the very frames it gives."""
 
+import re
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -9,6 +10,8 @@ import numpy as np
 
 from pipeline.decode import FALLBACK_FPS, MICROSECOND, Frame, Image, VideoReader, check_pixels
 from schemas.errors import RowError
+
+LOG_PLACE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")  # a reason that names the time of day is another each time
 
 
 class DecordReader(VideoReader):
@@ -25,7 +28,7 @@ class DecordReader(VideoReader):
             first = self._reader[0].asnumpy() if self._num_frames else None
             spans = self._reader.get_frame_timestamp(range(self._num_frames)) if self._num_frames else None
         except (decord.DECORDError, RuntimeError, IndexError) as error:
-            message = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            message = LOG_PLACE.sub("", str(error)).strip().partition("\n")[0] or type(error).__name__
             raise RowError("DecodeFailed", f"{path.name}: decord says {message}") from error
         if first is None or spans is None:
             raise RowError("DecodeFailed", f"{path.name}: decord finds no frame")

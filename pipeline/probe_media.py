@@ -1,7 +1,9 @@
 """What a file is, by its content: kind, container, codec, shown size, and whether it can be read at all."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from pydantic import Field
@@ -25,6 +27,9 @@ IMAGE_SUFFIXES = frozenset(
 )  # fmt: skip
 EITHER_SUFFIXES = frozenset({".gif"})  # a picture that may move
 
+PHRASES: Mapping[Kind, str] = MappingProxyType(
+    {"video": "a video", "image": "an image", "other": "neither a video nor an image"}
+)
 SNIFFED_BYTES = 4096
 TS_PACKETS = (188, 192, 204)  # packet lengths of MPEG transport streams
 PICTURE_BRANDS = frozenset({b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1", b"hevc", b"hevx"})
@@ -103,10 +108,9 @@ def probe(path: Path, limits: MediaLimits = MediaLimits()) -> MediumFacts:  # no
     kind = sniff(path)
     named = named_kind(path)
     if kind == "other" and named == "other":
-        raise RowError("Unreadable", f"{path.name} holds neither a video nor a picture")
+        raise RowError("Unreadable", f"{path.name} holds {PHRASES[kind]}")
     if kind != named and named != "other" and not (path.suffix.lower() in EITHER_SUFFIXES and kind != "other"):
-        held = "neither a video nor a picture" if kind == "other" else f"a {kind}"
-        raise RowError("WrongExtension", f"{path.name} is named as a {named} but holds {held}")
+        raise RowError("WrongExtension", f"{path.name} is named as {PHRASES[named]} but holds {PHRASES[kind]}")
     return _probe_image(path, num_bytes, limits) if kind == "image" else _probe_video(path, num_bytes, limits)
 
 

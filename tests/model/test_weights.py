@@ -63,6 +63,7 @@ def test_language_model_round_trips_exactly(tmp_path: Path) -> None:
     assert not loaded.transformer.training
     assert torch.equal(loaded.transformer(TOKENS), transformer(TOKENS))
     assert saved == digest(tmp_path / "lm") == digest(transformer) == digest(loaded.transformer)
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in (tmp_path / "lm").iterdir())  # others may load it
 
 
 def test_vision_tokenizer_round_trips_exactly(tmp_path: Path) -> None:

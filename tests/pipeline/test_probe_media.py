@@ -89,7 +89,8 @@ def test_the_wrong_kind_under_a_name(folder: Path) -> None:
     assert reason(named(folder, "still.jpg", "still_as.mp4")) == "WrongExtension"
     text = folder / "text_as.mkv"
     text.write_text("title\n" * 300)
-    assert reason(text) == "WrongExtension"
+    with pytest.raises(RowError, match="named as a video but holds neither a video nor an image"):
+        probe(text)
 
 
 def test_another_format_of_the_same_kind_is_no_fault(folder: Path) -> None:
