@@ -137,11 +137,12 @@ class SelfAttention(nn.Module):
         parts: list[Tensor] = []  # (tokens, H, C) for each stretch of the rows laid end to end
         for query_NHC, key_NKC, value_NKC, attends in zip(*split, attended, strict=True):
             if attends:
-                heads = (part.transpose(0, 1).unsqueeze(0) for part in (query_NHC, key_NKC, value_NKC))
-                parts.append(self._attend(*heads, None, True)[0].transpose(0, 1))
+                q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (query_NHC, key_NKC, value_NKC))
+                parts.append(self._attend(q, k, v, None, True)[0].transpose(0, 1))
             else:
                 parts.append(torch.zeros_like(query_NHC))
-        return torch.cat(parts).unflatten(0, (batch_size, length)).transpose(1, 2)
+        rows: Tensor = torch.cat(parts).unflatten(0, (batch_size, length))
+        return rows.transpose(1, 2)
 
 
 def _stretches(spans: tuple[Span, ...], batch_size: int, length: int) -> tuple[list[int], list[bool]]:
