@@ -1,6 +1,7 @@
 """The `outback` program: thin over functions that a notebook can call. Nothing heavy is imported before it is needed."""
 
 import json as jsonlib
+import os
 import sys
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 from schemas.errors import ConfigError, OutbackError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_REJECTED = 1, 2, 3
+MAX_SEED = 2**53  # what JSON holds exactly
 
 app = typer.Typer(
     name="outback",
@@ -66,10 +68,8 @@ def scan(
     from pipeline.scan_medium import ScanConfig
 
     report = run(_open(lake), load_named(ScanConfig, recipe, overrides or ()), retry_failed=retry_failed)
-    outcome = report.outcome
-    found = f"{outcome.num_done} scanned, {outcome.num_failed} failed" if outcome else "nothing to do"
-    _answer(report, json, f"scan {report.scan_id}: {report.num_media} media, {found}")
-    _exit_if(strict and outcome is not None and outcome.num_failed > 0)
+    _answer(report, json, f"scan {report.scan_id}: {report.num_media} media, {_found(report, 'scanned')}")
+    _exit_if(strict and _num_rejected(report) > 0)
 
 
 @app.command()
@@ -125,10 +125,12 @@ def tokenize(
 
     config = load_named(TokenizeRecipe, recipe, overrides or ())
     report = run(_open(lake), set_name, tokenizer, config, retry_failed=retry_failed)
-    outcome = report.outcome
-    found = f"{outcome.num_done} encoded, {outcome.num_failed} failed" if outcome else "nothing to do"
-    _answer(report, json, f"tokenize {set_name} by {report.tokenizer_id}: {report.num_clips} clips, {found}")
-    _exit_if(strict and outcome is not None and outcome.num_failed > 0)
+    _answer(
+        report,
+        json,
+        f"tokenize {set_name} by {report.tokenizer_id}: {report.num_clips} clips, {_found(report, 'encoded')}",
+    )
+    _exit_if(strict and _num_rejected(report) > 0)
 
 
 @app.command()
@@ -181,7 +183,9 @@ def generate(
     video: Annotated[bool, typer.Option("--video", help="Draw a video instead of an image.")] = False,
     continue_clip: Annotated[str | None, typer.Option("--continue", metavar="CLIP", help="Continue this clip.")] = None,
     context: Annotated[int, typer.Option("--context", help="Latent frames of the clip to give.")] = 1,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the first prompt; the next ones count up.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=MAX_SEED, help="Seed of the first prompt; the next ones count up.")
+    ] = 0,
     overrides: SetOption = None,
     lake: LakeOption = "./lake",
     json: JsonOption = False,
@@ -288,7 +292,7 @@ def submit(
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Option("--folder", help="Where corpus, lake and report go.")] = Path("demo"),
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the corpus.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=MAX_SEED, help="Seed of the corpus.")] = 0,
     size: Annotated[
         str, typer.Option("--size", help="full, or smoke: the same road in two minutes, too short to draw well.")
     ] = "full",
@@ -318,6 +322,14 @@ def main() -> None:
     except OutbackError as error:
         print(f"outback: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
+    except UnicodeEncodeError as error:
+        print(f"outback: found {error.object!r}, which is not UTF-8", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    except OSError as error:
+        if os.environ.get("OUTBACK_TRACEBACK"):
+            raise
+        print(f"outback: {error} (OUTBACK_TRACEBACK=1 says where)", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
 
 
 def _open(where: str, *, must_exist: bool = True) -> Any:
@@ -333,6 +345,18 @@ def _answer(value: Any, json: bool, text: str) -> None:
         )
     else:
         print(text)
+
+
+def _found(report: Any, verb: str) -> str:
+    """How a stage ended, with what it left alone: failures are never silent."""
+    outcome = report.outcome
+    found = f"{outcome.num_done} {verb}, {outcome.num_failed} failed" if outcome else "nothing to do"
+    left = f"; {report.num_given_up} failed before: see `outback show attempts`, or give --retry-failed"
+    return found + (left if report.num_given_up else "")
+
+
+def _num_rejected(report: Any) -> int:
+    return int(report.num_given_up + (report.outcome.num_failed if report.outcome else 0))
 
 
 def _exit_if(rejected: bool) -> None:

@@ -6,6 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
+SESSION_PREFIX = "outback-ray-"
+
 
 def ensure_ray() -> None:
     """Connect to Ray once per process. A local cluster is never shared with, or joined from, other programs' clusters."""
@@ -19,7 +21,8 @@ def ensure_ray() -> None:
         ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.ERROR)
         return
     # Unix socket paths are limited to 107 bytes, so the session lives under a short folder of its own.
-    folder = Path(tempfile.mkdtemp(prefix="outback-ray-"))
+    _sweep_dead()
+    folder = Path(tempfile.mkdtemp(prefix=f"{SESSION_PREFIX}{os.getpid()}-"))
     ray.init(
         address="local",
         include_dashboard=False,
@@ -28,6 +31,18 @@ def ensure_ray() -> None:
         _temp_dir=str(folder),
     )
     atexit.register(_stop_local, folder)
+
+
+def _sweep_dead() -> None:
+    """Remove the folders of drivers that were killed."""
+    import shutil
+
+    import psutil
+
+    for folder in Path(tempfile.gettempdir()).glob(f"{SESSION_PREFIX}*-*"):
+        owner = folder.name.removeprefix(SESSION_PREFIX).partition("-")[0]
+        if owner.isdecimal() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _stop_local(folder: Path) -> None:

@@ -75,6 +75,12 @@ class _Evaluation:
         return self.clips.filter(pc.is_null(self.first)).select(["clip_id"]).sort_by("clip_id")
 
 
+def check_name(what: str, name: str | None) -> None:
+    """Raises: ConfigError if `name` cannot be a tag, a file name and an argument alike."""
+    if name is None or not _NAME.fullmatch(name):
+        raise ConfigError(f"{what} name {name!r}: give one of letters, digits, '.', '_' and '-', such as emu3-v1")
+
+
 def load_curate_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> CurateRecipe:
     """The name of a shipped recipe or the path of a TOML file, and `key=value` overrides -> the recipe."""
     return load_named(CurateRecipe, name_or_path, overrides)
@@ -85,8 +91,8 @@ def curate(lake: Lake, recipe: CurateRecipe, name: str | None, *, dry_run: bool 
 
     Raises: ConfigError if the name is malformed or names another set, if scores are missing, or if nothing is kept.
     """
-    if not dry_run and (name is None or not _NAME.fullmatch(name)):
-        raise ConfigError(f"set name {name!r}: give one of letters, digits, '.', '_' and '-', such as emu3-v1")
+    if not dry_run:
+        check_name("set", name)
     found = _evaluate(lake, recipe)
     kept = found.kept
     recipe_id = short_hash(found.recipe.model_dump(mode="json"))

@@ -184,7 +184,7 @@ def _facts(road: Road, figures: DemoFigures) -> Iterator[Fact]:
 def _stage_times(lake: Lake) -> Iterator[StageTime]:
     """Seconds of every finished run, by job, in the order of the first."""
     seconds: dict[str, float] = {}
-    for row in lake.read(RUNS, ["job", "status", "outcome", "recipe", "at"]).sort_by("at").to_pylist():
+    for row in lake.read(RUNS, ["job", "status", "outcome", "recipe", "written_at"]).sort_by("written_at").to_pylist():
         if row["status"] == "done":
             job = row["job"] if row["job"] != "train" else f"train {json.loads(row['recipe'])['objective']}"
             seconds[job] = seconds.get(job, 0.0) + json.loads(row["outcome"])["seconds"]
@@ -193,7 +193,7 @@ def _stage_times(lake: Lake) -> Iterator[StageTime]:
 
 def _balance(lake: Lake) -> Iterator[BalanceLine]:
     """Files offered to ingest = places of media + text files + sidecars + manifests + failures."""
-    runs = lake.read(RUNS, ["job", "status", "outcome", "at"]).sort_by("at").to_pylist()
+    runs = lake.read(RUNS, ["job", "status", "outcome", "written_at"]).sort_by("written_at").to_pylist()
     report = json.loads([row for row in runs if row["job"] == "ingest" and row["status"] == "done"][-1]["outcome"])
     num_media, num_places = lake.facts(MEDIA).num_rows, lake.facts(LOCATIONS).num_rows
     yield BalanceLine("offered", report["offered"])

@@ -293,4 +293,8 @@ def _lake(where: str | None) -> Iterator[Check]:
         remedy = "if its folder was moved, move it back: tables hold absolute paths"
         yield Check("lake", "missing", f"{lake.where} does not open: {type(error).__name__}: {error}", remedy)
         return
-    yield Check("lake", "ok", f"{lake.where}: {', '.join(counts)}")
+    found = f"{lake.where}: {', '.join(counts)}"
+    if os.access(lake.folder, os.W_OK):
+        yield Check("lake", "ok", found)
+    else:
+        yield Check("lake", "limited", f"{found}; it can be read, not written", f"let this user write to {lake.folder}")

@@ -21,7 +21,7 @@ from model.vision_tokenizer.pixels import rgb_from_pixels
 from model.vision_tokenizer.tokenizer import VisionTokenizer
 from model.weights import LanguageModel, load_language_model, load_vision_tokenizer
 from schemas.catalog import Lake
-from schemas.document import Tokens, VisionDocument, parse_document
+from schemas.document import DocumentError, Tokens, VisionDocument, parse_document
 from schemas.errors import ConfigError
 from schemas.generations import GENERATIONS
 from schemas.recipe import Config, canonical_json, short_hash
@@ -89,7 +89,10 @@ def generate(lake: Lake, asks: Sequence[Ask], checkpoint: str, recipe: GenerateR
     with recorded(lake, "generate", recipe, inputs) as run, progress("generate") as advance:
         for start in range(0, len(todo), recipe.batch_size):
             part = todo[start : start + recipe.batch_size]
-            drawn = generate_vision(models.lm, [requests[index] for index in part], recipe.sampling)
+            try:
+                drawn = generate_vision(models.lm, [requests[index] for index in part], recipe.sampling)
+            except DocumentError as error:  # a prompt or a rate that no document can hold
+                raise ConfigError(str(error)) from error
             tokens |= {ids[index]: document for index, document in zip(part, drawn, strict=True)}
             advance(start + len(part), len(todo), "")
         generations = [_generation(lake, models, i, ask, tokens[i]) for i, ask in zip(ids, asks, strict=True)]

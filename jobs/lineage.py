@@ -152,17 +152,17 @@ class _Tracer:
 
     def _runs(self, checkpoint: Row) -> tuple[Row, ...]:
         """The runs of a training: the one that finished it, and those it was resumed from."""
-        rows = self._lake.read(RUNS, ["run_id", "status", "job", "inputs", "code_version", "at"]).to_pylist()
+        rows = self._lake.read(RUNS, ["run_id", "status", "job", "inputs", "code_version", "written_at"]).to_pylist()
         ids = {checkpoint["run_id"]}
         ids |= {
             row["run_id"] for row in rows if json.loads(row["inputs"]).get("training_id") == checkpoint["training_id"]
         }
         found: dict[str, Row] = {}
-        for row in sorted((row for row in rows if row["run_id"] in ids), key=lambda row: row["at"]):
+        for row in sorted((row for row in rows if row["run_id"] in ids), key=lambda row: row["written_at"]):
             run = found.setdefault(row["run_id"], {"run_id": row["run_id"], "job": row["job"], "status": "killed"})
             run["code_version"] = row["code_version"]
             run["status" if row["status"] != "started" else "started_at"] = (
-                row["status"] if row["status"] != "started" else row["at"].isoformat()
+                row["status"] if row["status"] != "started" else row["written_at"].isoformat()
             )
         self._missing += [f"run {one}" for one in sorted(ids - set(found))]
         return tuple(found.values())

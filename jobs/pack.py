@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from jobs.curate import read_set
+from jobs.curate import check_name, read_set
 from jobs.run import recorded
 from model.text_tokenizer import Emu3TextTokenizer, TinyBpe
 from pipeline.pack_sequences import PackedDocument, pack, sequence_rows
@@ -84,9 +84,12 @@ def pack_sets(
 
     Raises: ConfigError if the name is taken by other content, or tokens are missing or made by several tokenizers.
     """
+    check_name("sequence set", name)
+    set_names = sorted(set(set_names))
     clip_ids = sorted({clip for set_name in set_names for clip in read_set(lake, set_name)["clip_id"].to_pylist()})
-    tokenizer_id = tokenizer_id or _only_tokenizer(lake, clip_ids)
+    tokenizer_id = _tokenizer(lake, clip_ids, tokenizer_id)
     sources, num_without = _sources(lake, clip_ids, tokenizer_id, recipe)
+    _check_codes(sources, recipe.num_codes)
     curated_ids = sorted(_curated_id(lake, set_name) for set_name in set_names)
     content = [[s.kind, s.item_id, s.text, zlib.crc32(s.codes), list(s.grid), s.fps] for s in sources]
     seqset_id = short_hash([curated_ids, tokenizer_id, recipe.canonical_json(), content])
@@ -195,10 +198,15 @@ def _curated_id(lake: Lake, set_name: str) -> str:
     return str(lake.read_where(CURATED_SETS, "name", [set_name], ["curated_id"])["curated_id"][0].as_py())
 
 
-def _only_tokenizer(lake: Lake, clip_ids: Sequence[str]) -> str:
+def _tokenizer(lake: Lake, clip_ids: Sequence[str], asked: str | None) -> str:
+    """The tokenizer whose tokens are packed: the one asked for, or the only one that these clips have tokens of."""
     wanted = set(clip_ids)
     rows = lake.read(VISION_TOKENS, ["clip_id", "tokenizer_id"]).to_pylist()
     found = sorted({row["tokenizer_id"] for row in rows if row["clip_id"] in wanted})
+    if asked is not None:
+        if asked not in found:
+            raise ConfigError(f"no clip of the sets has vision tokens by {asked!r}; there are those of {found}")
+        return asked
     if len(found) != 1:
         raise ConfigError(
             f"the sets' clips have vision tokens by {len(found)} tokenizers {found}: name one with --tokenizer"
@@ -251,6 +259,14 @@ def _text_tokenizer(recipe: PackRecipe, texts: Sequence[str]) -> TextTokenizer:
     if recipe.text_tokenizer.path is None:
         raise ConfigError("text_tokenizer.kind = 'emu3' needs text_tokenizer.path, the file emu3.tiktoken")
     return Emu3TextTokenizer(recipe.text_tokenizer.path)
+
+
+def _check_codes(sources: Sequence[_Source], num_codes: int) -> None:
+    largest = max((int(np.frombuffer(source.codes, "<u2").max()) for source in sources if source.codes), default=-1)
+    if largest >= num_codes:
+        raise ConfigError(
+            f"found the vision code {largest}, and num_codes is {num_codes}: give the size of the tokenizer's codebook"
+        )
 
 
 def _documents(

@@ -13,8 +13,10 @@ PLAIN_INTERVAL_S = 10.0
 
 @contextlib.contextmanager
 def progress(title: str) -> Iterator[Advance]:
-    """A function to report progress with, while the block runs."""
-    with _bar(title) if sys.stderr.isatty() else _lines(title) as advance:
+    """A function to report progress with, while the block runs. What Ray prints meanwhile, such as the death of a worker
+    that it replaces, goes to stderr too: stdout is for answers.
+    """
+    with contextlib.redirect_stdout(sys.stderr), _bar(title) if sys.stderr.isatty() else _lines(title) as advance:
         yield advance
 
 

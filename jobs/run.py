@@ -60,7 +60,7 @@ def _append(lake: Lake, run: Run, status: str) -> None:
         "outcome": json.dumps(run.outcome, sort_keys=True, default=str),
         "code_version": code_version(),
         "environment": json.dumps(environment(), sort_keys=True),
-        "at": datetime.now(UTC),
+        "written_at": datetime.now(UTC),
     }
     lake.append(RUNS, [row], run.run_id)
 

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from jobs.cluster import ensure_ray, num_cpus
 from jobs.progress import progress
 from jobs.run import recorded
+from pipeline.decode import check_decoder
 from pipeline.sandbox import Sandbox
 from pipeline.scan_medium import ScanConfig, scan_medium
 from pipeline.stage import Rows, Stage, StageOutcome, left_to_do, run_stage
@@ -19,15 +20,17 @@ from schemas.catalog import Lake
 from schemas.clips import CLIPS, SCANS
 from schemas.errors import RowError
 from schemas.media import LOCATIONS, MEDIA
+from schemas.recipe import short_hash
 from schemas.scores import FAMILIES
 
 
 @dataclass(frozen=True)
 class ScanReport:
-    """What a scan did. `outcome` is None when there was nothing to do."""
+    """What a scan did. `outcome` is None when there was nothing to do; `num_given_up` media failed before and were left."""
 
     scan_id: str
     num_media: int
+    num_given_up: int
     outcome: StageOutcome | None
 
 
@@ -49,7 +52,8 @@ def scan_stage(config: ScanConfig) -> Stage:
     """The stage for a config: its id covers the segmentation and every scorer."""
     return Stage(
         name="scan",
-        stage_id=config.scan_id,
+        # More than the scan's id: what failed under one decoder or limit is worth another try under others.
+        stage_id=short_hash({"scan_id": config.scan_id, "decoder": config.decoder, **config.limits.model_dump()}),
         item_key="media_id",
         tables=(CLIPS, *FAMILIES, SCANS),
         make_worker=partial(ScanWorker, config),
@@ -58,20 +62,21 @@ def scan_stage(config: ScanConfig) -> Stage:
 
 def scan(lake: Lake, config: ScanConfig, *, retry_failed: bool = False) -> ScanReport:
     """Scan what is left. Does not start Ray when nothing is."""
+    check_decoder(config.decoder)
     stage = scan_stage(config)
     media = lake.read(MEDIA, ["media_id", "kind", "num_bytes"])
     done = lake.read(SCANS, ["media_id", "scan_id"])
     done = done.filter(pc.equal(done["scan_id"], config.scan_id))
-    todo = left_to_do(lake, stage, media, done, retry_failed=retry_failed)
-    if not len(todo):
-        return ScanReport(config.scan_id, len(media), None)
-    todo = _with_places(lake, todo)
+    left = left_to_do(lake, stage, media, done, retry_failed=retry_failed)
+    if not len(left.items):
+        return ScanReport(config.scan_id, len(media), left.num_given_up, None)
+    todo = _with_places(lake, left.items)
     inputs = {"media": lake.snapshot_id(MEDIA), "todo": len(todo), "scan_id": config.scan_id}
     with recorded(lake, "scan", config, inputs) as run, progress("scan") as advance:
         ensure_ray()
         outcome = run_stage(lake, stage, todo, run.run_id, num_cpus(), advance)
         run.outcome |= {"done": outcome.num_done, "failed": outcome.num_failed, "rows": dict(outcome.rows_added)}
-    return ScanReport(config.scan_id, len(media), outcome)
+    return ScanReport(config.scan_id, len(media), left.num_given_up, outcome)
 
 
 def _with_places(lake: Lake, todo: pa.Table) -> pa.Table:

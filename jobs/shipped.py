@@ -14,13 +14,20 @@ C = TypeVar("C", bound=Config)
 def recipe_file(name_or_path: str) -> Path:
     """The shipped recipe of that name, or the file at that path. Raises: ConfigError naming the shipped ones."""
     shipped = FOLDER / f"{name_or_path}.toml"
-    if shipped.exists():
+    if _exists(shipped):
         return shipped
     path = Path(name_or_path)
-    if not path.exists():
+    if not _exists(path):
         names = sorted(file.stem for file in FOLDER.glob("*.toml"))
         raise ConfigError(f"no recipe {name_or_path!r}: neither a file nor one of the shipped {names}")
     return path
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name longer than any file's, or with a NUL in it
+        return False
 
 
 def load_named(model: type[C], name_or_path: str, overrides: Sequence[str] = ()) -> C:

@@ -83,7 +83,7 @@ def run_reports(lake: Lake) -> list[RunReport]:
                 run_id=run_id,
                 job=begin["job"],
                 status=end["status"] if end else "running or killed",
-                started_at=begin["at"].isoformat(timespec="seconds"),
+                started_at=begin["written_at"].isoformat(timespec="seconds"),
                 seconds=outcome.get("seconds"),
                 code_version=begin["code_version"],
                 recipe=jsonlib.loads(begin["recipe"]),

@@ -37,10 +37,12 @@ WIDTH = 240  # of a table that no terminal shows
 def run_sql(lake: Lake, query: str, at: str | None) -> pa.Table:
     """One SELECT over the tables as they are, or were at `at` -> its rows.
 
-    Raises: ConfigError if `at` names no state, or the query is wrong or would do anything but read.
+    Raises: ConfigError if `at` names no state, or the query is wrong or would do anything but read; UnicodeEncodeError
+        if it is no text.
     """
     import duckdb
 
+    query.encode()  # a command line may hold bytes that are no text
     connection = duckdb.connect(":memory:")
     try:
         _add_views(connection, lake, snapshots_at(lake, at))
@@ -65,7 +67,7 @@ def snapshots_at(lake: Lake, at: str | None) -> dict[str, int | None]:
     tagged = _tagged(lake, at)
     if tagged:
         return _as_of(lake, _time_of(lake, at, tagged), tagged)
-    if at.isdigit():
+    if at.isascii() and at.isdigit():
         for table in TABLES:
             if int(at) in lake.snapshot_ids(table):
                 return _as_of(lake, lake.snapshot_time_ms(table, int(at)), {table.name: int(at)})
@@ -110,10 +112,10 @@ def _time_of(lake: Lake, name: str, tagged: Mapping[str, int]) -> int:
     """When a set was made: at the end of its run, which saw its name published; else at the newest tagged commit."""
     sets = lake.read_where(CURATED_SETS, "name", [name.removeprefix(TAG_PREFIX)], ["run_id"])
     if len(sets):
-        ends = lake.read_where(RUNS, "run_id", [sets["run_id"][0].as_py()], ["status", "at"])
+        ends = lake.read_where(RUNS, "run_id", [sets["run_id"][0].as_py()], ["status", "written_at"])
         ends = ends.filter(pc.equal(ends["status"], "done"))
         if len(ends):
-            end: datetime = ends["at"][0].as_py()
+            end: datetime = ends["written_at"][0].as_py()
             return math.ceil(end.timestamp() * 1000)
     by_name = {table.name: table for table in TABLES}
     return max(lake.snapshot_time_ms(by_name[table], snapshot_id) for table, snapshot_id in tagged.items())
@@ -179,13 +181,15 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no such number
     if value is None or isinstance(value, str | int | float | bool):
         return value
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 def _print_json(rows: pa.Table) -> None:
-    print(json.dumps([_plain(row) for row in rows.to_pylist()], ensure_ascii=False))
+    print(json.dumps([_plain(row) for row in rows.to_pylist()], ensure_ascii=False, allow_nan=False))
 
 
 def _print_csv(rows: pa.Table) -> None:

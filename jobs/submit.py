@@ -217,10 +217,13 @@ def _interrupted(client: "JobSubmissionClient", job_id: str) -> int:
 
 def _require_listener(address: str) -> None:
     """Fail within seconds where Ray's client would wait minutes for a machine that is not there."""
-    parts = urlparse(address)
-    if parts.scheme not in ("http", "https"):
-        return
-    where = (parts.hostname or "127.0.0.1", parts.port or (443 if parts.scheme == "https" else 80))
+    try:
+        parts = urlparse(address)
+        if parts.scheme not in ("http", "https"):
+            return
+        where = (parts.hostname or "127.0.0.1", parts.port or (443 if parts.scheme == "https" else 80))
+    except ValueError as error:
+        raise ConfigError(f"{address!r} is no address ({error}); expected http://HOST:8265") from error
     try:
         socket.create_connection(where, timeout=CONNECT_SECONDS).close()
     except OSError as error:

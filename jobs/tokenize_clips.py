@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
 
 from jobs.cluster import ensure_ray, num_cpus
 from jobs.curate import read_set
@@ -27,15 +28,16 @@ class TokenizeRecipe(Config):
     """How clips are prepared, and on how many threads each worker encodes."""
 
     preparation: Preparation = Preparation()
-    num_threads: int = 1
+    num_threads: int = Field(default=1, ge=1)
 
 
 @dataclass(frozen=True)
 class TokenizeReport:
-    """What was tokenized. `outcome` is None when there was nothing to do."""
+    """What was tokenized. `outcome` is None when there was nothing to do; `num_given_up` clips failed before and were left."""
 
     tokenizer_id: str
     num_clips: int
+    num_given_up: int
     outcome: StageOutcome | None
 
 
@@ -106,7 +108,8 @@ def tokenize(
     tokenizer_id = short_hash({"checkpoint": weights["checkpoint_id"], "preparation": frames})
     stage = Stage(
         name="tokenize",
-        stage_id=tokenizer_id,
+        # More than the tokenizer's id: what failed under one limit is worth another try under others.
+        stage_id=short_hash({"tokenizer_id": tokenizer_id, **preparation.model_dump(mode="json")}),
         item_key="clip_id",
         tables=(VISION_TOKENS,),
         make_worker=partial(
@@ -116,9 +119,10 @@ def tokenize(
     clips = clip_items(lake, set_name)
     done = lake.read(VISION_TOKENS, ["clip_id", "tokenizer_id"])
     done = done.filter(pc.equal(done["tokenizer_id"], tokenizer_id))
-    todo = left_to_do(lake, stage, clips, done, retry_failed=retry_failed)
+    left = left_to_do(lake, stage, clips, done, retry_failed=retry_failed)
+    todo = left.items
     if not len(todo):
-        return TokenizeReport(tokenizer_id, len(clips), None)
+        return TokenizeReport(tokenizer_id, len(clips), left.num_given_up, None)
     inputs = {"set": set_name, "checkpoint": weights["checkpoint_id"], "tokenizer_id": tokenizer_id, "todo": len(todo)}
     with recorded(lake, "tokenize", recipe, inputs) as run, progress("tokenize") as advance:
         row = {
@@ -131,4 +135,4 @@ def tokenize(
         ensure_ray()
         outcome = run_stage(lake, stage, todo, run.run_id, num_cpus(), advance)
         run.outcome |= {"done": outcome.num_done, "failed": outcome.num_failed}
-    return TokenizeReport(tokenizer_id, len(clips), outcome)
+    return TokenizeReport(tokenizer_id, len(clips), left.num_given_up, outcome)

@@ -109,15 +109,17 @@ def open_video(path: Path, decoder: str = "pyav", *, max_pixels: int | None = No
         try:
             return _open_with(name, path, max_pixels, threads)
         except RowError as error:
-            if error.reason == "TooManyPixels":
+            if error.reason in ("TooManyPixels", "Playlist"):
                 raise
             failures.append(f"{name}: {error.message}")
     raise RowError("DecodeFailed", f"{path.name}: no decoder gives a first frame; " + "; ".join(failures))
 
 
 def check_decoder(decoder: str) -> None:
-    """Raises: ConfigError if `decoder` is neither a built-in name nor of the form module:function."""
-    if decoder not in BUILT_IN and ":" not in decoder:
+    """Raises: ConfigError if `decoder` is neither a built-in name nor a function that can be imported."""
+    if ":" in decoder:
+        load_custom_decoder(decoder)
+    elif decoder not in BUILT_IN:
         raise ConfigError(f"unknown decoder {decoder!r}: use one of {', '.join(BUILT_IN)}, or module:function")
 
 

@@ -18,6 +18,7 @@ from av.video.stream import VideoStream
 from pipeline.decode import FALLBACK_FPS, Frame, Image, VideoReader, check_pixels, turned
 from schemas.errors import RowError
 
+PLAYLISTS = frozenset({"concat", "hls", "applehttp", "dash", "imf", "sdp", "rtsp", "webm_dash_manifest", "xbin"})
 LOST_RATIO_MAX = 0.1  # share of packets that may not decode: a scratch, not a ruin
 HDR_TRANSFERS = {int(ColorTrc.SMPTE2084), int(ColorTrc.ARIB_STD_B67)}  # PQ and HLG need tone mapping
 SLOPPY_END_S = 1.0  # headers overstate the length by this much, or by the share below, in files that are whole
@@ -209,13 +210,24 @@ def _reformatter() -> VideoReformatter:
 
 
 def open_container(path: Path) -> InputContainer:
-    """A path -> the open container. Metadata that is not UTF-8 is read without its bad bytes."""
-    return av.open(str(path), metadata_errors="ignore")
+    """A path -> the open container. Metadata that is not UTF-8 is read without its bad bytes.
+
+    Raises: RowError(Playlist) if the file only names other files: its bytes would not be the medium's.
+    """
+    container = av.open(str(path), metadata_errors="ignore", options={"protocol_whitelist": "file"})
+    if not PLAYLISTS.isdisjoint(container.format.name.split(",")):
+        name = container.format.name
+        container.close()
+        raise RowError("Playlist", f"{path.name} is a playlist ({name}): ingest the files that it names")
+    return container
 
 
 def first_video_stream(container: InputContainer, path: Path) -> VideoStream:
     """The stream a player would show. Raises: RowError(NoVideoStream) if there is none, cover art aside."""
     for stream in container.streams.video:
-        if not int(stream.disposition) & int(av.stream.Disposition.attached_pic):
-            return stream
+        if int(stream.disposition) & int(av.stream.Disposition.attached_pic):
+            continue
+        if stream.codec_context is None:
+            raise RowError("Unreadable", f"{path.name}: there is no decoder for the codec of its video stream")
+        return stream
     raise RowError("NoVideoStream", f"{path.name} has no video stream")

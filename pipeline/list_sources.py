@@ -89,20 +89,37 @@ def readable(path: str | Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
+def local_path(uri: str) -> str:
+    """A file URI -> the path on this machine. Raises: ConfigError if it names another machine."""
+    parts = urlsplit(uri)
+    if parts.netloc not in ("", "localhost"):
+        raise ConfigError(f"{uri!r} is a file of the machine {parts.netloc!r}; mount it and give its path")
+    return unquote(parts.path)
+
+
 def _expand(source: str) -> list[str]:
     """A source as typed -> absolute paths. What exists under the very name is no pattern."""
     if source.startswith("file://"):
-        source = unquote(urlsplit(source).path)
+        source = local_path(source)
     elif "://" in source:
         raise ConfigError(f"source {source!r}: only files can be read; mount the object store or copy the files")
     if os.path.lexists(source):
         return [os.path.abspath(source)]
-    found = sorted(glob.glob(os.path.expanduser(source), recursive=True))
+    found = sorted(_matches(os.path.expanduser(source)))
     if not found:
         raise ConfigError(
             f"source {readable(source)!r}: there is no such file or folder, and no file matches it as a pattern"
         )
     return [os.path.abspath(path) for path in found]
+
+
+def _matches(pattern: str) -> list[str]:
+    """Paths that a pattern matches. `**` enters no linked folder: a link to where it lies would never end."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return glob.glob(pattern)
+    fixed = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    return [str(path) for path in Path(*parts[:fixed]).glob(os.path.join(*parts[fixed:]))]
 
 
 class _Walk:
@@ -299,7 +316,10 @@ def _row_path(values: Mapping[str, Any], manifest: str) -> str:
             "BrokenRow", f"found {value!r} as path, expected a file name in one of {', '.join(PATH_COLUMNS)}"
         )
     if value.startswith("file://"):
-        value = unquote(urlsplit(value).path)
+        try:
+            value = local_path(value)
+        except ConfigError as error:
+            raise RowError("NotAFile", str(error)) from error
     elif "://" in value:
         raise RowError("NotAFile", f"found {value!r}; only files can be read")
     try:

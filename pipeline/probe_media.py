@@ -15,8 +15,9 @@ Kind = Literal["video", "image", "other"]
 
 VIDEO_SUFFIXES = frozenset(
     {
-        ".3g2", ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts",
-        ".mxf", ".ogv", ".qt", ".ts", ".vob", ".webm", ".wmv", ".y4m",
+        ".264", ".265", ".3g2", ".3gp", ".asf", ".avi", ".flv", ".h264", ".h265", ".hevc", ".m2ts", ".m4v", ".mjpeg",
+        ".mjpg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".obu", ".ogv", ".qt", ".ts", ".vob", ".webm",
+        ".wmv", ".y4m",
     }
 )  # fmt: skip
 IMAGE_SUFFIXES = frozenset(
@@ -30,6 +31,10 @@ EITHER_SUFFIXES = frozenset({".gif"})  # a picture that may move
 PHRASES: Mapping[Kind, str] = MappingProxyType(
     {"video": "a video", "image": "an image", "other": "neither a video nor an image"}
 )
+RAW_STREAMS = frozenset(
+    {"av1", "avs2", "avs3", "cavsvideo", "dirac", "dnxhd", "evc", "h261", "h263", "h264", "hevc", "ingenient", "ipu"}
+    | {"m4v", "mjpeg", "mjpeg_2000", "mpegvideo", "obu", "rawvideo", "vc1", "vvc"}
+)  # streams without a container, which have no mark of their own
 SNIFFED_BYTES = 4096
 TS_PACKETS = (188, 192, 204)  # packet lengths of MPEG transport streams
 PICTURE_BRANDS = frozenset({b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1", b"hevc", b"hevx"})
@@ -224,8 +229,13 @@ def _ask_readers(path: Path) -> Kind:
         return "image"
     try:
         with open_container(path.absolute()) as container:
-            if container.format.name in ("tty", "txt", "image2") or container.format.name.endswith("_pipe"):
+            name = container.format.name
+            if name in ("tty", "txt", "image2") or name.endswith("_pipe"):
                 return "other"
+            if name in RAW_STREAMS and named_kind(path) != "video":
+                return (
+                    "other"  # found by FFmpeg's guess in the middle of something else, such as a PDF with a photograph
+                )
             first_video_stream(container, path)
             return "video"
     except (av.error.FFmpegError, RowError):

@@ -1,6 +1,7 @@
 """Rows of a CSV, JSONL or Parquet file, one at a time. A broken row is an item of its own, not the end of them."""
 
 import csv
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from schemas.errors import RowError
 ROW_SUFFIXES = (".csv", ".jsonl", ".parquet")
 MAX_LINE_BYTES = 64 << 20
 BATCH_ROWS = 1024
+SAMPLED_ROWS = 1000
 
 csv.field_size_limit(MAX_LINE_BYTES)
 
@@ -38,7 +40,7 @@ def read_rows(path: Path, columns: tuple[str, ...] = ()) -> Iterator[Row]:
 
 
 def columns_of(path: Path) -> tuple[str, ...]:
-    """A file of rows -> its column names; of JSONL those of the first row that is an object.
+    """A file of rows -> its column names; of JSONL those of its first thousand rows that are objects.
 
     Raises: RowError if the file holds no rows at all or cannot be read; OSError if it cannot be opened.
     """
@@ -48,10 +50,12 @@ def columns_of(path: Path) -> tuple[str, ...]:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             return tuple(_csv_header(csv.reader(file, strict=True)))
     broken: RowError | None = None
-    for row in _read_jsonl(path):
-        if row.error is None:
-            return tuple(row.values)
+    found: dict[str, None] = {}
+    for row in itertools.islice(_read_jsonl(path), SAMPLED_ROWS):
+        found |= dict.fromkeys(row.values)
         broken = broken or row.error
+    if found:
+        return tuple(found)
     raise broken or RowError("EmptyFile", "found no rows, expected one JSON object per line")
 
 

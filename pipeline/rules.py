@@ -7,11 +7,11 @@ There is one evaluator, over Arrow columns, because engines disagree about exact
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from schemas.recipe import Config
 from schemas.scores import MOTION, RESOLUTION, TECHNICAL, TEXT
@@ -21,12 +21,22 @@ Kind = Literal["image", "video"]
 NUM_EXAMPLES = 5
 
 
+def _each_once(kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
+    """In one order, so that equal choices have equal ids."""
+    if len(set(kinds)) != len(kinds):
+        raise ValueError(f"kinds {list(kinds)} names one twice")
+    return tuple(sorted(kinds))
+
+
+Kinds = Annotated[tuple[Kind, ...], Field(min_length=1), AfterValidator(_each_once)]
+
+
 class Bounds(Config):
     """The closed interval a score must lie in, and the kinds of clip that are asked."""
 
     low: float | None = None
     high: float | None = None
-    kinds: tuple[Kind, ...] = Field(default=("image", "video"), min_length=1)
+    kinds: Kinds = ("image", "video")
 
     @model_validator(mode="after")
     def _is_a_question(self) -> Self:
@@ -34,15 +44,13 @@ class Bounds(Config):
             raise ValueError("a rule needs low, high or both")
         if self.low is not None and self.high is not None and self.low > self.high:
             raise ValueError(f"low {self.low} is above high {self.high}: nothing could pass")
-        if len(set(self.kinds)) != len(self.kinds):
-            raise ValueError(f"kinds {list(self.kinds)} names one twice")
         return self
 
 
 class VideoBounds(Bounds):
     """Bounds of a score that images do not have."""
 
-    kinds: tuple[Kind, ...] = Field(default=("video",), min_length=1)
+    kinds: Kinds = ("video",)
 
 
 class ScorerPins(Config):
@@ -57,7 +65,7 @@ class ScorerPins(Config):
 class CurateRecipe(Config):
     """A curated set as data: which kinds, which scorers, and one optional section for each rule, in funnel order."""
 
-    kinds: tuple[Kind, ...] = Field(default=("image", "video"), min_length=1)
+    kinds: Kinds = ("image", "video")
     coverage: float = Field(default=1.0, ge=0.0, le=1.0)
     """Share of the clips a rule applies to that must have a row in its family; a clip without one passes no rule."""
     segmentation_id: str | None = None

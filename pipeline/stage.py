@@ -10,6 +10,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -18,13 +19,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from schemas.catalog import Lake, WrittenFiles
-from schemas.errors import RowError
+from schemas.errors import OutbackError, RowError
 from schemas.runs import ATTEMPTS
 from schemas.table import Table
 
 COMMIT_SECONDS = 10.0
 COMMIT_FILES = 64
 MAX_ATTEMPTS = 3
+OVERLAPPING_BLOCKS = 2
 
 Rows = Mapping[str, Sequence[Mapping[str, object]]]
 """Rows by table name."""
@@ -34,13 +36,17 @@ class Worker(Protocol):
     """What one worker keeps for its life: models, child processes. Made once per worker by `Stage.make_worker`."""
 
     def process(self, item: Mapping[str, Any]) -> Rows:
-        """One item -> its rows. Raises: RowError if the item cannot be processed."""
+        """One item -> its rows. Called from `Stage.concurrency` threads. Raises: RowError if it cannot be processed."""
         ...
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A declared stage. `tables` are committed in this order; the last one marks items as done."""
+    """A declared stage. `tables` are committed in this order; the last one marks items as done.
+
+    `concurrency` is how many items a worker has under way at once: more than one where it mostly waits for an engine
+    that batches. Blocks then overlap, so that the engine does not run dry at the end of each.
+    """
 
     name: str
     stage_id: str
@@ -49,6 +55,7 @@ class Stage:
     make_worker: Callable[[], Worker]
     num_cpus: float = 1.0
     num_gpus: float = 0.0
+    concurrency: int = 1
     max_block_items: int = 128
     max_block_cost: int = 64 << 20
 
@@ -63,8 +70,16 @@ class StageOutcome:
     seconds: float
 
 
-def left_to_do(lake: Lake, stage: Stage, items: pa.Table, done: pa.Table, *, retry_failed: bool = False) -> pa.Table:
-    """Items without a row in `done` and without a terminal failure, with the number of their next attempt.
+@dataclass(frozen=True)
+class ToDo:
+    """Items to process, each with the number of its next attempt, and how many are left alone because they failed."""
+
+    items: pa.Table
+    num_given_up: int
+
+
+def left_to_do(lake: Lake, stage: Stage, items: pa.Table, done: pa.Table, *, retry_failed: bool = False) -> ToDo:
+    """Items without a row in `done` and without a terminal failure.
 
     `done` holds at least the stage's `item_key`. An item that failed three times in ways that may pass is left alone too.
     """
@@ -80,7 +95,8 @@ def left_to_do(lake: Lake, stage: Stage, items: pa.Table, done: pa.Table, *, ret
             given_up.add(row["item_id"])
     ids = todo[key].to_pylist()
     todo = todo.append_column("attempt", pa.array([last.get(item, 0) + 1 for item in ids], pa.int32()))
-    return todo.filter(pa.array([item not in given_up for item in ids], pa.bool_())).sort_by(key)
+    left = todo.filter(pa.array([item not in given_up for item in ids], pa.bool_())).sort_by(key)
+    return ToDo(left, len(todo) - len(left))
 
 
 def run_stage(
@@ -94,7 +110,11 @@ def run_stage(
     """Process `todo` (columns: the item key, `attempt`, optionally `uri` and `cost`, and what the worker reads).
 
     `num_workers` actors hold one worker each; the caller has made sure that the cluster has room for them.
+
+    Raises: the OutbackError that is no RowError by which a worker said that no item can be processed.
     """
+    import pickle
+
     import ray.data
 
     started = time.monotonic()
@@ -103,12 +123,16 @@ def run_stage(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    dataset = ray.data.from_arrow(list(_blocks(stage, todo, num_workers))).map_batches(
+    blocks = list(_blocks(stage, todo, num_workers))
+    dataset = ray.data.from_arrow(blocks).map_batches(
         _StageActor,
         fn_constructor_args=(lake, stage, run_id),
         batch_size=None,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=num_workers),
+        compute=ray.data.ActorPoolStrategy(
+            size=min(num_workers, len(blocks)),
+            max_concurrent_calls_per_actor=OVERLAPPING_BLOCKS if stage.concurrency > 1 else 1,
+        ),
         num_cpus=stage.num_cpus,
         num_gpus=stage.num_gpus or None,
     )
@@ -118,6 +142,9 @@ def run_stage(
         assert isinstance(batch, pa.Table)  # as asked for
         for row in batch.to_pylist():
             committer.add(row)
+            if row["stop"] is not None:
+                committer.commit()  # what is finished is kept
+                raise pickle.loads(row["stop"])
             note = f"{committer.num_failed} failed" if committer.num_failed else ""
             on_progress(committer.num_done + committer.num_failed, len(todo), note)
         committer.commit_if_due()
@@ -139,33 +166,53 @@ def _blocks(stage: Stage, todo: pa.Table, num_workers: int) -> Iterator[pa.Table
 
 
 class _StageActor:
-    """One Ray actor: a worker, and the writing of what it gives."""
+    """One Ray actor: a worker, and the writing of what it gives.
+
+    An error that stops the job travels as a value too: Ray keeps only the text of what is raised here.
+    """
 
     def __init__(self, lake: Lake, stage: Stage, run_id: str) -> None:
         self.lake, self.stage, self.run_id = lake, stage, run_id
-        self.worker = stage.make_worker()
+        self.threads = ThreadPoolExecutor(stage.concurrency) if stage.concurrency > 1 else None
+        self.worker: Worker | OutbackError
+        try:
+            self.worker = stage.make_worker()
+        except OutbackError as error:
+            self.worker = error
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         import pickle
 
         rows: dict[str, list[Mapping[str, object]]] = {table.name: [] for table in (*self.stage.tables, ATTEMPTS)}
-        num_failed = 0
-        for item in batch.to_pylist():
-            try:
-                for name, found in self.worker.process(item).items():
+        num_done, stop = 0, None
+        items = batch.to_pylist()
+        for item, ended in zip(items, (self.threads.map if self.threads else map)(self._ended, items), strict=True):
+            if isinstance(ended, RowError):
+                rows[ATTEMPTS.name].append(attempt_row(self.stage, item, ended))
+            elif isinstance(ended, OutbackError):
+                stop = ended
+            else:
+                num_done += 1
+                for name, found in ended.items():
                     rows[name].extend(found)
-            except RowError as error:
-                num_failed += 1
-                rows[ATTEMPTS.name].append(attempt_row(self.stage, item, error))
         tables = (*self.stage.tables, ATTEMPTS)
         written = [self.lake.write_files(table, rows[table.name], self.run_id) for table in tables if rows[table.name]]
         return pa.table(
             {
                 "written": pa.array([pickle.dumps(written)], pa.binary()),
-                "num_done": [len(batch) - num_failed],
-                "num_failed": [num_failed],
+                "num_done": [num_done],
+                "num_failed": [len(rows[ATTEMPTS.name])],
+                "stop": pa.array([pickle.dumps(stop) if stop else None], pa.binary()),
             }
         )
+
+    def _ended(self, item: Mapping[str, Any]) -> Rows | OutbackError:
+        if isinstance(self.worker, OutbackError):
+            return self.worker
+        try:
+            return self.worker.process(item)
+        except OutbackError as error:
+            return error
 
 
 def attempt_row(stage: Stage, item: Mapping[str, Any], error: RowError) -> dict[str, object]:

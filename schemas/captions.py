@@ -13,7 +13,7 @@ CAPTIONS = Table(
     key=("clip_id", "window", "captioner_id"),
     columns=(
         CLIP_ID,
-        Column("window", pa.int32(), "index of the window inside the clip, from 0"),
+        Column("window", pa.int32(), 'index of the window inside the clip, from 0; in SQL written "window"'),
         CAPTIONER_ID,
         Column("text", pa.string(), "the caption"),
         Column("window_start_ms", pa.int64(), "start of the window inside the medium"),

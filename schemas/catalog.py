@@ -93,6 +93,8 @@ class Lake:
 
     def __init__(self, where: str | Path) -> None:
         self.where = str(where)
+        if not self.where:
+            raise ConfigError("the lake has an empty name; give a folder, or catalog:NAME")
         if self.where.startswith("catalog:"):
             files = os.environ.get("OUTBACK_FILES")
             if not files:
@@ -397,13 +399,24 @@ class Lake:
         if self.where.startswith("catalog:"):
             from pyiceberg.catalog import load_catalog
 
-            self._catalog = load_catalog(self.where.removeprefix("catalog:"))
+            try:
+                self._catalog = load_catalog(self.where.removeprefix("catalog:"))
+            except ValueError as error:
+                raise ConfigError(f"lake {self.where}: PyIceberg knows no such catalog ({error})") from error
             return self._catalog
         if not (self.folder / "catalog.db").exists():
             if not create:
                 return None
             self._create_embedded()
-        self._catalog = self._embedded(init_tables=False)
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            catalog = self._embedded(init_tables=False)
+            catalog.list_namespaces()  # one question, so that a broken database says so at once
+        except SQLAlchemyError as error:
+            reason = str(getattr(error, "orig", error))
+            raise ConfigError(f"{self.folder}/catalog.db is no catalog of a lake: {reason}") from error
+        self._catalog = catalog
         return self._catalog
 
     def _embedded(self, *, init_tables: bool) -> "Catalog":
@@ -495,6 +508,13 @@ def _remembering_catalog() -> "type[Catalog]":
             self._parsed: dict[str, tuple[str, TableMetadata]] = {}
 
         def _convert_orm_to_iceberg(self, orm_table: IcebergTables) -> Table:
+            made_at = str(orm_table.metadata_location).partition("/tables/")[0].removeprefix("file://")
+            folder = self.properties["warehouse"].removesuffix("/tables").removeprefix("file://")
+            if made_at != folder:
+                raise ConfigError(
+                    f"the lake at {folder} was made at {made_at} and has been moved or copied. Its tables name their files "
+                    "by absolute path, so that writing here would change that lake: move it back, or use it where it was"
+                )
             location, metadata = self._parsed.get(orm_table.table_name, ("", None))
             if metadata is None or location != orm_table.metadata_location:
                 loaded = super()._convert_orm_to_iceberg(orm_table)

@@ -18,7 +18,7 @@ RUNS = Table(
         Column("outcome", pa.string(), "JSON: counts, ids and durations; on failure the error"),
         Column("code_version", pa.string(), "version of the code"),
         Column("environment", pa.string(), "JSON: python, platform, versions of what computes"),
-        Column("at", TIMESTAMP, "when the row was written, UTC"),
+        Column("written_at", TIMESTAMP, "when the execution started or ended, UTC"),
     ),
     ledger=True,
 )

@@ -133,6 +133,7 @@ def _ray(execution: ExecutionConfig) -> Iterator[None]:
                 f"found {resources.get('CPU', 0):.0f} CPUs in the Ray cluster, expected at least {cpus} for "
                 f"{execution.num_workers} workers of {execution.num_threads} threads: lower one of the two"
             )
+        _check_gpus(execution)
         yield
         return
     ray.init(
@@ -143,9 +144,22 @@ def _ray(execution: ExecutionConfig) -> Iterator[None]:
         logging_level=logging.WARNING,
     )
     try:
+        _check_gpus(execution)
         yield
     finally:
         ray.shutdown()
+
+
+def _check_gpus(execution: ExecutionConfig) -> None:
+    """Raises: ConfigError if workers would wait for ever for a GPU that no node has."""
+    import ray
+
+    found = ray.cluster_resources().get("GPU", 0)
+    if execution.use_gpu and len(ray.nodes()) == 1 and found < execution.num_workers:
+        raise ConfigError(
+            f"found {found:.0f} GPUs in the Ray cluster, expected {execution.num_workers}, one for each worker: "
+            "lower num_workers, or set use_gpu to false"
+        )
 
 
 @contextlib.contextmanager

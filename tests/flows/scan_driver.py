@@ -36,7 +36,7 @@ def main() -> None:
     report = scan(
         Lake.open(options.lake), ScanConfig(decoder=options.decoder, limits=ScanLimits(timeout_s=options.timeout_s))
     )
-    print(report.outcome.num_done if report.outcome else "nothing to do")
+    print(report.outcome.num_done if report.outcome else f"nothing to do, {report.num_given_up} given up")
 
 
 if __name__ == "__main__":

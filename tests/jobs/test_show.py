@@ -108,7 +108,9 @@ def test_runs_tell_done_from_failed_from_killed(tmp_path: Path, said: Read) -> N
         "inputs": "{}",
         "outcome": "{}",
     }
-    lake.append(RUNS, [{**started, "code_version": "v", "environment": "{}", "at": datetime.now(UTC)}], "three-1")
+    lake.append(
+        RUNS, [{**started, "code_version": "v", "environment": "{}", "written_at": datetime.now(UTC)}], "three-1"
+    )
     reports = {run.job: run for run in run_reports(lake)}
     assert {job: run.status for job, run in reports.items()} == {
         "one": "done",

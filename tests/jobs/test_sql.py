@@ -157,7 +157,7 @@ def test_printing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lake.append(VISION_TOKENS, [row], "r")
     moment = datetime(2026, 1, 2, tzinfo=UTC)
     rows = run_sql(lake, "SELECT clip_id, codes, fps, [1, 2] l, 'a,b' s, 1 AS x, 2 AS x FROM vision_tokens", None)
-    rows = rows.append_column("at", pa.array([moment], pa.timestamp("us", "UTC")))
+    rows = rows.append_column("written_at", pa.array([moment], pa.timestamp("us", "UTC")))
     print_sql(rows, json=True, csv=False)
     (told,) = json.loads(capsys.readouterr().out)
     assert told == {
@@ -168,7 +168,7 @@ def test_printing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "s": "a,b",
         "x": 1,
         "x_1": 2,
-        "at": moment.isoformat(),
+        "written_at": moment.isoformat(),
     }
     print_sql(rows, json=False, csv=True)
     header, cells = csv.reader(io.StringIO(capsys.readouterr().out))
@@ -178,3 +178,14 @@ def test_printing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "0001020304050607... 20 bytes" in out
     assert "1 rows" in out
+
+
+def test_numbers_that_json_has_not_are_null(lake: Lake, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = run_sql(lake, "select 'nan'::double as a, 'inf'::double as b, ['-inf'::double, 1.5] as c", None)
+    print_sql(rows, json=True, csv=False)
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == [{"a": None, "b": None, "c": [None, 1.5]}]
+
+
+def test_what_looks_like_a_number_but_is_none(lake: Lake) -> None:
+    with pytest.raises(ConfigError, match="is no set or tag"):
+        run_sql(lake, "select 1", "\u00b2")

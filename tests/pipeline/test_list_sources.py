@@ -278,3 +278,37 @@ def test_what_may_not_be_read(tmp_path: Path) -> None:
     listing = list_sources([tmp_path])
     (tmp_path / "closed").chmod(0o755)
     assert reasons(listing) == {"closed": "NotPermitted", "list.jsonl": "NotPermitted"}
+
+
+@pytest.mark.timeout(20)
+def test_a_pattern_over_all_depths_enters_no_linked_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.mp4", "sub/b.mp4", "sub/deep/c.mp4"):
+        put(tmp_path / name)
+    for link in ("self", "again", "sub/up"):
+        (tmp_path / link).symlink_to(tmp_path, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    for pattern in ("**/*.mp4", str(tmp_path / "**" / "*.mp4"), "./**/*.mp4"):
+        listing = list_sources([pattern])
+        assert sorted(str(file.path.relative_to(tmp_path)) for file in listing.media) == [
+            "a.mp4",
+            "sub/b.mp4",
+            "sub/deep/c.mp4",
+        ]
+    assert len(list_sources(["**"]).media) == 3
+
+
+def test_a_file_of_another_machine_is_not_one_of_this(tmp_path: Path) -> None:
+    put(tmp_path / "a.mp4")
+    assert names(list_sources([f"file://localhost{tmp_path}/a.mp4"]))["media"] == ["a.mp4"]
+    with pytest.raises(ConfigError, match="of the machine 'elsewhere'"):
+        list_sources([f"file://elsewhere{tmp_path}/a.mp4"])
+
+
+@pytest.mark.parametrize("first", ['{"text": "x"}', '{"caption": "of nothing"}', "{}", "not json"])
+def test_every_row_says_what_a_jsonl_file_is(tmp_path: Path, first: str) -> None:
+    put(tmp_path / "ok.png")
+    put(tmp_path / "list.jsonl", f'{first}\n{{"path": "ok.png", "text": "a caption"}}\n')
+    listing = list_sources([tmp_path / "list.jsonl"])
+    assert names(listing)["manifests"] == ["list.jsonl"]
+    assert [statement.caption for statement in listing.media[0].statements] == ["a caption"]
+    assert [refused.uri.rpartition("#")[2] for refused in listing.refused] == ["row=0"]

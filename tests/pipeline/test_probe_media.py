@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.decode import open_video
 from pipeline.probe_media import MediaLimits, probe, sniff
 from schemas.errors import RowError
 from tests.pipeline.made_media import shared_media, shot, write_video
@@ -143,3 +144,25 @@ def test_real_rotation(name: str, rotation: int) -> None:
     facts = probe(shared_media() / "video" / name)
     assert facts.rotation_deg == rotation
     assert facts.has_audio
+
+
+@pytest.mark.parametrize("name", ["list.mp4", "list.ffconcat", "list.m3u8", "list"])
+def test_a_playlist_is_not_the_media_it_names(folder: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "clip.mp4").write_bytes((folder / "clip.mp4").read_bytes())
+    playlist = tmp_path / name
+    if name.endswith("m3u8"):
+        playlist.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nclip.mp4\n#EXT-X-ENDLIST\n")
+    else:
+        playlist.write_text("ffconcat version 1.0\nfile clip.mp4\n")
+    with pytest.raises(RowError, match="holds neither a video nor an image"):
+        probe(playlist)
+    with pytest.raises(RowError, match="is a playlist"):
+        open_video(playlist)
+
+
+def test_a_document_with_a_photograph_is_no_video(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    picture.save(tmp_path / "page.pdf", "PDF")
+    with pytest.raises(RowError, match="holds neither a video nor an image"):
+        probe(tmp_path / "page.pdf")

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -462,3 +463,27 @@ def test_only_new_files_are_read_for_keys(lake: Lake, monkeypatch: pytest.Monkey
     opened.clear()
     assert Lake(lake.where).append(ITEMS, rows(1, item="zz"), "r") == 1
     assert opened == []  # no file's bounds hold `zz`
+
+
+def test_a_copied_or_moved_lake_is_refused_before_it_writes_into_the_one_it_came_from(lake: Lake) -> None:
+    lake.append(ITEMS, rows(1), "run")
+    copy = Path(lake.where).with_name("copy")
+    shutil.copytree(lake.where, copy)
+    before = sorted(path.name for path in Path(lake.where).rglob("*"))
+    for use in (lambda: Lake(copy).read(ITEMS), lambda: Lake(copy).append(ITEMS, rows(2), "run")):
+        with pytest.raises(ConfigError, match="moved or copied"):
+            use()
+    assert sorted(path.name for path in Path(lake.where).rglob("*")) == before
+    assert parts(lake) == [1]
+
+
+@pytest.mark.parametrize("content", [b"", b"no database at all, but something else" * 40])
+def test_a_database_that_is_none_is_a_mistake_of_the_caller(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "catalog.db").write_bytes(content)
+    with pytest.raises(ConfigError, match="no catalog of a lake"):
+        Lake(tmp_path).read(ITEMS)
+
+
+def test_a_lake_has_a_name() -> None:
+    with pytest.raises(ConfigError, match="empty name"):
+        Lake("")

@@ -198,3 +198,8 @@ def test_progress_is_passed_on_while_the_work_runs(tmp_path: Path) -> None:
         assert seen == [Progress(2, 4, 2.0, 0.5)]
         log.write(4, {"loss": 1.0}, 0.9)
     assert seen[1:] == [Progress(4, 4, 1.0, 0.9)]
+
+
+def test_a_training_on_gpus_that_no_node_has_does_not_wait_for_them(cluster: None, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="found 0 GPUs"):
+        pretrain(pretrain_config(execution={"use_gpu": True}), sequence_data(tmp_path), tmp_path / "training")

@@ -1,0 +1,74 @@
+"""Packing reads what it was asked to read, and equal inputs give equal ids."""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jobs.curate import curate, read_set
+from jobs.pack import PackRecipe, pack_sets
+from pipeline.rules import Bounds, CurateRecipe
+from schemas.captions import CAPTIONS
+from schemas.catalog import Lake
+from schemas.errors import ConfigError
+from schemas.sequences import SEQUENCE_SETS, SEQUENCES
+from schemas.texts import TEXTS
+from schemas.vision_tokens import VISION_TOKENS
+from tests.jobs.test_curate import RECIPE, expected, fill
+
+NUM = 12
+PACK = PackRecipe(context_len=128, num_codes=16, text_tokenizer={"kind": "tiny_bpe", "num_text": 300})
+ALL = CurateRecipe(resolution=Bounds(low=1))
+
+
+@pytest.fixture
+def lake(tmp_path: Path) -> Lake:
+    """The sets `kept` and `all`, captioned, with tokens by `tok` of every clip, and one text."""
+    made = Lake(tmp_path / "lake")
+    fill(made, range(NUM))
+    curate(made, RECIPE, "kept")
+    curate(made, ALL, "all")
+    captions, tokens = [], []
+    for clip in read_set(made, "all")["clip_id"].to_pylist():
+        codes = np.arange(4, dtype="<u2").tobytes()
+        span = {"window_start_ms": 0, "window_end_ms": 2000}
+        captions.append(
+            {"clip_id": clip, "window": 0, "captioner_id": "c", "text": "a cat", "engine": "provided", **span}
+        )
+        grid = {"kind": "image", "t": 1, "h": 2, "w": 2}
+        tokens.append({"clip_id": clip, "tokenizer_id": "tok", **grid, "codes": codes, "crc32": zlib.crc32(codes)})
+    made.append(CAPTIONS, captions, "c")
+    made.append(VISION_TOKENS, tokens, "t")
+    made.append(TEXTS, [{"text_id": "one", "text": "words of one text", "uri": "/a.txt", "row": 0}], "i")
+    return made
+
+
+def test_a_set_is_packed_whole(lake: Lake) -> None:
+    report = pack_sets(lake, ["kept"], PACK, "kept", None)
+    assert (report.num_without_caption, report.num_too_long, report.already_there) == (0, 0, False)
+    segments = [item for row in lake.read(SEQUENCES, ["segments"])["segments"].to_pylist() for item in row]
+    assert sorted(item["item_id"] for item in segments) == sorted([*expected(range(NUM)), "one"])
+
+
+def test_equal_inputs_have_equal_ids(lake: Lake) -> None:
+    first = pack_sets(lake, ["kept", "all"], PACK, "one", "tok")
+    assert pack_sets(lake, ["all", "kept", "kept"], PACK, "two", None).seqset_id == first.seqset_id
+    assert pack_sets(lake, ["all", "kept"], PACK, "one", "tok").already_there
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"tokenizer_id": "nope"}, r"no clip of the sets has vision tokens by 'nope'; there are those of \['tok'\]"),
+        ({"name": ""}, "sequence set name"),
+        ({"name": "a b/../c"}, "sequence set name"),
+        ({"recipe": PACK.model_copy(update={"num_codes": 3})}, "found the vision code 3, and num_codes is 3"),
+        ({"set_names": ["nothing"]}, "nothing"),
+    ],
+)
+def test_what_cannot_be_packed_takes_no_name(lake: Lake, asked: dict[str, object], said: str) -> None:
+    wanted = {"set_names": ["kept"], "recipe": PACK, "name": "mine", "tokenizer_id": "tok", **asked}
+    with pytest.raises(ConfigError, match=said):
+        pack_sets(lake, **wanted)
+    assert len(lake.read(SEQUENCE_SETS)) == 0
