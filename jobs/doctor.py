@@ -290,7 +290,7 @@ def _lake(where: str | None) -> Iterator[Check]:
     try:
         counts = [f"{lake.facts(table).num_rows} {table.name}" for table in (MEDIA, CLIPS, CHECKPOINTS)]
     except Exception as error:  # whatever a catalog's driver raises, it is the finding
-        remedy = "if its folder was moved, move it back: tables hold absolute paths"
+        remedy = "mend what it says, or give another lake with --lake"
         yield Check("lake", "missing", f"{lake.where} does not open: {type(error).__name__}: {error}", remedy)
         return
     found = f"{lake.where}: {', '.join(counts)}"

@@ -49,7 +49,7 @@ class ScanWorker:
 
 
 def scan_stage(config: ScanConfig) -> Stage:
-    """The stage for a config: its id covers the segmentation and every scorer."""
+    """The stage for a config: its id covers the segmentation, every scorer, the decoder and the limits."""
     return Stage(
         name="scan",
         # More than the scan's id: what failed under one decoder or limit is worth another try under others.

@@ -174,7 +174,7 @@ def _unique_names(rows: pa.Table) -> pa.Table:
 
 
 def _plain(value: Any) -> Any:
-    """A cell -> what JSON and CSV can hold: bytes as hex, times in ISO form."""
+    """A cell -> what JSON and CSV can hold: bytes as hex, times in ISO form, no number (null) for NaN and infinities."""
     if isinstance(value, bytes):
         return value.hex()
     if isinstance(value, dict):
@@ -182,7 +182,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return None  # JSON has no such number
+        return None
     if value is None or isinstance(value, str | int | float | bool):
         return value
     return value.isoformat() if hasattr(value, "isoformat") else str(value)

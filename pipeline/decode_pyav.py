@@ -18,7 +18,7 @@ from av.video.stream import VideoStream
 from pipeline.decode import FALLBACK_FPS, Frame, Image, VideoReader, check_pixels, turned
 from schemas.errors import RowError
 
-PLAYLISTS = frozenset({"concat", "hls", "applehttp", "dash", "imf", "sdp", "rtsp", "webm_dash_manifest", "xbin"})
+PLAYLISTS = frozenset({"concat", "hls", "applehttp", "dash", "imf", "sdp", "rtsp", "webm_dash_manifest"})
 LOST_RATIO_MAX = 0.1  # share of packets that may not decode: a scratch, not a ruin
 HDR_TRANSFERS = {int(ColorTrc.SMPTE2084), int(ColorTrc.ARIB_STD_B67)}  # PQ and HLG need tone mapping
 SLOPPY_END_S = 1.0  # headers overstate the length by this much, or by the share below, in files that are whole

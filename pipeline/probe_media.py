@@ -230,12 +230,11 @@ def _ask_readers(path: Path) -> Kind:
     try:
         with open_container(path.absolute()) as container:
             name = container.format.name
-            if name in ("tty", "txt", "image2") or name.endswith("_pipe"):
+            if name in ("tty", "txt", "xbin", "image2") or name.endswith("_pipe"):
                 return "other"
+            # FFmpeg also guesses a raw stream in the middle of something else, such as a PDF with a photograph.
             if name in RAW_STREAMS and named_kind(path) != "video":
-                return (
-                    "other"  # found by FFmpeg's guess in the middle of something else, such as a PDF with a photograph
-                )
+                return "other"
             first_video_stream(container, path)
             return "video"
     except (av.error.FFmpegError, RowError):
