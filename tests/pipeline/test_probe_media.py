@@ -166,3 +166,13 @@ def test_a_document_with_a_photograph_is_no_video(tmp_path: Path) -> None:
     picture.save(tmp_path / "page.pdf", "PDF")
     with pytest.raises(RowError, match="holds neither a video nor an image"):
         probe(tmp_path / "page.pdf")
+
+
+@pytest.mark.parametrize("name", ["art.xb", "art.mp4", "art"])
+def test_drawings_of_characters_are_no_video(tmp_path: Path, name: str) -> None:
+    """FFmpeg would play them."""
+    header = b"XBIN\x1a" + (80).to_bytes(2, "little") + (25).to_bytes(2, "little") + bytes([16, 0])
+    (tmp_path / name).write_bytes(header + b"A\x07" * 2000)
+    assert sniff(tmp_path / name) == "other"
+    with pytest.raises(RowError):
+        probe(tmp_path / name)
