@@ -1,29 +1,159 @@
-"""Caption: gives the clips of a set the captions that came with their media."""
+"""Caption: what a set holds and has no caption of this captioner yet, by an engine, or by what came with the media."""
 
+import os
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.clip_items import clip_items
+from jobs.cluster import ensure_ray, num_cpus
 from jobs.curate import read_set
+from jobs.model_files import model_digest
+from jobs.progress import progress
 from jobs.run import recorded
-from pipeline.caption_clips import CAPTIONER_ID, caption_row, provided_caption
-from schemas.captions import CAPTIONS
+from pipeline.caption_clips import CaptionRecipe, CaptionWorker, captioner_row
+from pipeline.caption_endpoint import EndpointEngine, served_model
+from pipeline.caption_prompts import load_prompt
+from pipeline.caption_provided import CAPTIONER as PROVIDED_CAPTIONER
+from pipeline.caption_provided import CAPTIONER_ID as PROVIDED_ID
+from pipeline.caption_provided import caption_row, provided_caption
+from pipeline.caption_vllm import VllmEngine
+from pipeline.caption_windows import windows
+from pipeline.stage import Stage, StageOutcome, left_to_do, run_stage
+from schemas.captions import CAPTIONERS, CAPTIONS
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
+from schemas.errors import ConfigError
 from schemas.media import LOCATIONS
 
 
 @dataclass(frozen=True)
 class CaptionReport:
-    """Clips of the set, how many carry a caption now, how many of those are new, and how many have none to give."""
+    """Windows of the set's clips; how many have a caption of this captioner now, how many of those are new, and how many
+    failed or have none to give. A caption that failed its checks counts: it is there, marked.
+    """
 
     set_name: str
     captioner_id: str
     num_clips: int
-    num_new: int
+    num_windows: int
     num_captioned: int
-    num_without: int
+    num_new: int
+    num_failed: int
+    seconds: float
 
 
-def caption(lake: Lake, set_name: str) -> CaptionReport:
+def caption(
+    lake: Lake,
+    set_name: str,
+    recipe: CaptionRecipe = CaptionRecipe(),  # noqa: B008  # frozen
+    *,
+    retry_failed: bool = False,
+) -> CaptionReport:
+    """Caption what is left of a set. Starts neither Ray nor an engine when nothing is.
+
+    Raises: ConfigError if there is no such set, model, prompt or endpoint; TransientError if the endpoint goes away.
+    """
+    if recipe.engine == "provided":
+        return _caption_provided(lake, set_name)
+    if recipe.model is None:
+        raise ConfigError(f"engine {recipe.engine!r} needs a model; give --set model=FOLDER_OR_NAME")
+    prompt_id, prompt = load_prompt(recipe.prompt)
+    model, make_engine = _engine(recipe, recipe.model)
+    digest = model_digest(model, recipe.revision, served=recipe.engine == "endpoint")
+    captioner = captioner_row(recipe, prompt_id, prompt, model, digest)
+    captioner_id = str(captioner["captioner_id"])
+    stage = Stage(
+        name="caption",
+        stage_id=captioner_id,
+        item_key="window_id",
+        tables=(CAPTIONS,),
+        make_worker=partial(CaptionWorker, make_engine, recipe, captioner_id, prompt_id, prompt),
+        num_gpus=recipe.vllm.tensor_parallel_size if recipe.engine == "vllm" and _has_gpu() else 0.0,
+        concurrency=recipe.concurrency,
+        max_block_items=max(16, recipe.concurrency),
+    )
+    clips = clip_items(lake, set_name)
+    items = _window_items(clips, recipe.windows.max_s)
+    done = _done(lake, captioner_id)
+    todo = left_to_do(lake, stage, items, done, retry_failed=retry_failed).items
+    before = pc.sum(pc.is_in(items["window_id"], done["window_id"].combine_chunks())).as_py() or 0
+    if not len(todo):
+        return CaptionReport(set_name, captioner_id, len(clips), len(items), before, 0, len(items) - before, 0.0)
+    inputs = {"set": set_name, "captioner_id": captioner_id, "todo": len(todo)}
+    with recorded(lake, "caption", recipe, inputs) as run, progress("caption") as advance:
+        lake.append(CAPTIONERS, [captioner], run.run_id)
+        ensure_ray()
+        outcome = run_stage(lake, stage, todo, run.run_id, min(recipe.num_engines, num_cpus()), advance)
+        run.outcome |= _counts(lake, captioner_id, run.run_id, outcome)
+    now = before + outcome.num_done
+    return CaptionReport(
+        set_name, captioner_id, len(clips), len(items), now, outcome.num_done, len(items) - now, outcome.seconds
+    )
+
+
+def _engine(recipe: CaptionRecipe, model: str) -> tuple[str, Any]:
+    """The model behind the recipe's name, as a folder or a name, and what makes its engine inside a worker."""
+    if recipe.engine == "endpoint":
+        served = served_model(recipe.endpoint, model)
+        return served.root, partial(EndpointEngine, model, recipe.endpoint, served.is_vllm)
+    folder = os.path.abspath(model) if Path(model).is_dir() else model
+    return folder, partial(VllmEngine, folder, recipe.revision, recipe.vllm)
+
+
+def _has_gpu() -> bool:
+    """Whether the cluster has GPUs for engines to ask for; on a machine without one vLLM runs on CPU."""
+    import ray
+
+    ensure_ray()
+    return bool(ray.cluster_resources().get("GPU", 0))
+
+
+def _window_items(clips: pa.Table, max_s: float) -> pa.Table:
+    """Clips with places -> one item per window."""
+    rows = [
+        {
+            "window_id": f"{clip['clip_id']}#{window.index}",
+            "clip_id": clip["clip_id"],
+            "kind": clip["kind"],
+            "uri": clip["uri"],
+            "window": window.index,
+            "window_start_ms": window.start_ms,
+            "window_end_ms": window.end_ms,
+        }
+        for clip in clips.to_pylist()
+        for window in windows(clip["start_ms"], clip["end_ms"], max_s)
+    ]
+    return pa.Table.from_pylist(rows)
+
+
+def _done(lake: Lake, captioner_id: str) -> pa.Table:
+    """The windows this captioner has captioned, as `window_id`."""
+    found = lake.read_where(CAPTIONS, "captioner_id", [captioner_id], ["clip_id", "window"])
+    ids = [f"{row['clip_id']}#{row['window']}" for row in found.to_pylist()]
+    return pa.table({"window_id": pa.array(ids, pa.string())})
+
+
+def _counts(lake: Lake, captioner_id: str, run_id: str, outcome: StageOutcome) -> dict[str, object]:
+    """What the run did, with the tokens it cost."""
+    columns = ["prompt_tokens", "output_tokens", "problem", "run_id"]
+    rows = lake.read_where(CAPTIONS, "captioner_id", [captioner_id], columns)
+    rows = rows.filter(pc.equal(rows["run_id"], run_id))
+    return {
+        "done": outcome.num_done,
+        "failed": outcome.num_failed,
+        "problems": len(rows) - rows["problem"].null_count,
+        "prompt_tokens": pc.sum(rows["prompt_tokens"]).as_py() or 0,
+        "output_tokens": pc.sum(rows["output_tokens"]).as_py() or 0,
+        "stage_seconds": outcome.seconds,
+    }
+
+
+def _caption_provided(lake: Lake, set_name: str) -> CaptionReport:
     """Write a caption for every clip of the set that spans a medium with one; write nothing when all are there."""
     clips = read_set(lake, set_name).to_pylist()
     media = sorted({clip["media_id"] for clip in clips})
@@ -37,13 +167,15 @@ def caption(lake: Lake, set_name: str) -> CaptionReport:
         found = provided_caption(places.get(clip["media_id"], []))
         if found is not None and spans[clip["media_id"]] == 1:
             rows.append(caption_row(clip, *found))
-    have = lake.read(CAPTIONS, ["clip_id", "captioner_id"])
-    done = {row["clip_id"] for row in have.to_pylist() if row["captioner_id"] == CAPTIONER_ID}
-    new = [row for row in rows if row["clip_id"] not in done]
+    done = _done(lake, PROVIDED_ID)["window_id"].to_pylist()
+    new = [row for row in rows if f"{row['clip_id']}#0" not in set(done)]
     if new:
-        with recorded(lake, "caption", {"captioner_id": CAPTIONER_ID}, {"set": set_name, "todo": len(new)}) as run:
+        with recorded(lake, "caption", {"captioner_id": PROVIDED_ID}, {"set": set_name, "todo": len(new)}) as run:
+            lake.append(CAPTIONERS, [PROVIDED_CAPTIONER], run.run_id)
             run.outcome["captions"] = lake.append(CAPTIONS, new, run.run_id)
-    return CaptionReport(set_name, CAPTIONER_ID, len(clips), len(new), len(rows), len(clips) - len(rows))
+    return CaptionReport(
+        set_name, PROVIDED_ID, len(clips), len(clips), len(rows), len(new), len(clips) - len(rows), 0.0
+    )
 
 
 def _clips_per_medium(lake: Lake, media: list[str]) -> dict[str, int]:

@@ -94,15 +94,24 @@ def curate(
 @app.command()
 def caption(
     set_name: Annotated[str, typer.Argument(metavar="SET", help="A curated set.")],
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="Caption recipe: a shipped name or a TOML file.")
+    ] = "caption_provided",
+    overrides: SetOption = None,
     lake: LakeOption = "./lake",
     json: JsonOption = False,
+    strict: StrictOption = False,
+    retry_failed: RetryOption = False,
 ) -> None:
-    """Give the clips of a set the captions that came with their media."""
+    """Caption what a set holds and this captioner has not captioned: by a model, or by what came with the media."""
     from jobs.caption import caption as run
+    from jobs.shipped import load_named
+    from pipeline.caption_clips import CaptionRecipe
 
-    report = run(_open(lake), set_name)
-    text = f"{report.num_captioned} of {report.num_clips} clips have a caption, {report.num_new} of them new"
-    _answer(report, json, f"caption {set_name}: {text}")
+    report = run(_open(lake), set_name, load_named(CaptionRecipe, recipe, overrides or ()), retry_failed=retry_failed)
+    text = f"{report.num_captioned} of {report.num_windows} windows of {report.num_clips} clips have a caption"
+    _answer(report, json, f"caption {set_name} by {report.captioner_id}: {text}, {report.num_new} of them new")
+    _exit_if(strict and report.num_failed > 0)
 
 
 @app.command()

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
+from jobs.clip_items import clip_items
 from jobs.cluster import ensure_ray, num_cpus
-from jobs.curate import read_set
 from jobs.progress import progress
 from jobs.run import recorded
 from pipeline.stage import Stage, StageOutcome, left_to_do, run_stage
@@ -19,7 +18,6 @@ from pipeline.tokenize_vision import Encode, Frames, Preparation, TokenizeWorker
 from schemas.catalog import Lake
 from schemas.checkpoints import CHECKPOINTS
 from schemas.errors import ConfigError
-from schemas.media import LOCATIONS
 from schemas.recipe import Config, canonical_json, short_hash
 from schemas.vision_tokens import TOKENIZERS, VISION_TOKENS
 
@@ -66,20 +64,6 @@ class LoadEncoder:
                 return np.asarray(tokenizer.encode_chunks(pixels.unsqueeze(0))[0].numpy())
 
         return encode
-
-
-def clip_items(lake: Lake, set_name: str) -> pa.Table:
-    """The clips of a set with a place of their medium, as `uri`."""
-    clips = read_set(lake, set_name).select(["clip_id", "media_id", "kind", "start_ms", "end_ms"])
-    media = sorted(set(clips["media_id"].to_pylist()))
-    places: dict[str, str] = {}
-    for row in lake.read_where(LOCATIONS, "media_id", media, ["media_id", "uri"]).sort_by("uri").to_pylist():
-        # The first name that still leads somewhere; if none does, the first, so that the failure names it.
-        if row["media_id"] not in places or (not Path(places[row["media_id"]]).exists() and Path(row["uri"]).exists()):
-            places[row["media_id"]] = row["uri"]
-    ids = clips["media_id"].to_pylist()
-    clips = clips.append_column("uri", pa.array([places[item] for item in ids], pa.string()))
-    return clips.sort_by("clip_id")
 
 
 def checkpoint_row(lake: Lake, checkpoint: str, objective: str) -> dict[str, object]:

@@ -18,13 +18,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from jobs.clip_items import clip_items
 from jobs.cluster import ensure_ray, num_cpus
 from jobs.curate import set_row
 from jobs.pack import materialise, sequence_set, text_tokenizer_from_json
 from jobs.progress import Advance, progress
 from jobs.run import recorded
 from jobs.shipped import load_named
-from jobs.tokenize_clips import clip_items
 from pipeline.frame_chunks import ChunkConfig, frame_chunks
 from pipeline.sandbox import Sandbox
 from schemas.catalog import Lake

@@ -176,6 +176,9 @@ def _answer(call: bytes) -> bytes:
         return pickle.dumps((False, error))
     except MemoryError as error:
         return pickle.dumps((False, RowError("MemoryLimit", f"out of memory: {error}")))
+    except OSError as error:
+        # With a number it is the system that speaks (no such file, no such host): a store may be back tomorrow.
+        return pickle.dumps((False, RowError(type(error).__name__, str(error), terminal=error.errno is None)))
     except Exception as error:  # whatever a library raises on a bad file is that file's reason
         return pickle.dumps((False, RowError(type(error).__name__, str(error))))
 

@@ -1,6 +1,6 @@
 """Every table of the lake, in the order of the road."""
 
-from schemas.captions import CAPTIONS
+from schemas.captions import CAPTION_SCORES, CAPTIONERS, CAPTIONS
 from schemas.checkpoints import CHECKPOINTS
 from schemas.clips import CLIPS, SCANS
 from schemas.curated import CURATED, CURATED_SETS, RECIPES
@@ -23,7 +23,9 @@ TABLES: tuple[Table, ...] = (
     RECIPES,
     CURATED,
     CURATED_SETS,
+    CAPTIONERS,
     CAPTIONS,
+    CAPTION_SCORES,
     TOKENIZERS,
     VISION_TOKENS,
     SEQUENCES,

@@ -32,6 +32,10 @@ def model_of(command: str) -> type[Config]:
         from pipeline.scan_medium import ScanConfig
 
         return ScanConfig
+    if command == "caption":
+        from pipeline.caption_clips import CaptionRecipe
+
+        return CaptionRecipe
     if command == "tokenize":
         from jobs.tokenize_clips import TokenizeRecipe
 

@@ -1,6 +1,6 @@
 """Which caption speaks for a medium."""
 
-from pipeline.caption_clips import CAPTIONER_ID, caption_row, provided_caption
+from pipeline.caption_provided import CAPTIONER_ID, caption_row, provided_caption
 
 
 def place(uri: str, caption: str | None, source: str | None) -> dict[str, str | None]:

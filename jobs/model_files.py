@@ -1,0 +1,60 @@
+"""Which model a path or a name stands for: a digest of its files, or of its name and commit on a hub."""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from schemas.errors import ConfigError
+from schemas.recipe import short_hash
+
+NOT_THE_MODEL = frozenset({".gitattributes", "README.md", "LICENSE"})
+
+
+def model_digest(model: str, revision: str | None, *, served: bool = False) -> str:
+    """A folder -> the hash of its files' names and bytes, wherever it lies. A hub name -> the hash of name and commit. A
+    name that an endpoint serves and that is no folder here -> the hash of name and revision: nothing more can be known.
+
+    Raises: ConfigError if the folder holds no model, or neither hub nor cache knows the name.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return short_hash(_file_digests(folder))
+    if served:
+        return short_hash([model, revision])
+    if folder.is_absolute():
+        raise ConfigError(f"{model} is no folder")
+    return short_hash([model, _commit(model, revision)])
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _file_digests(folder: Path) -> dict[str, str]:
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in NOT_THE_MODEL and not _hidden(path.relative_to(folder))
+    )
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} holds no model: there is no config.json")
+    with ThreadPoolExecutor(8) as threads:  # hashing large buffers releases the lock of the interpreter
+        digests = threads.map(_sha256, files)
+        return {path.relative_to(folder).as_posix(): digest for path, digest in zip(files, digests, strict=True)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _commit(name: str, revision: str | None) -> str:
+    """The commit that a hub name stands for: its configuration is fetched, or found in the cache, in a folder named so."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["config.json"])).name
+    except Exception as error:
+        raise ConfigError(
+            f"model {name!r} is neither a folder here nor found on the hub or in its cache ({type(error).__name__})"
+        ) from error
