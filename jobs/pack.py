@@ -46,6 +46,8 @@ class PackRecipe(Config):
     context_len: int = Field(ge=16)
     num_codes: int = Field(gt=0)
     null_prompt_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
+    captioner: str | None = None
+    """Whose captions: an id or the beginning of one. None: of each clip those of whoever captioned most of them."""
     include_texts: bool = True
     seed: int = 0
     text_tokenizer: TextTokenizerRecipe = TextTokenizerRecipe()
@@ -216,7 +218,7 @@ def _tokenizer(lake: Lake, clip_ids: Sequence[str], asked: str | None) -> str:
 
 def _sources(lake: Lake, clip_ids: Sequence[str], tokenizer_id: str, recipe: PackRecipe) -> tuple[list[_Source], int]:
     """Everything to pack in the order of ids, and how many clips lack a caption or tokens."""
-    captions = {row["clip_id"]: row["text"] for row in _best_captions(lake, clip_ids)}
+    captions = {row["clip_id"]: row["text"] for row in _best_captions(lake, clip_ids, recipe.captioner)}
     wanted = set(clip_ids)
     sources: list[_Source] = []
     columns = ["clip_id", "tokenizer_id", "kind", "t", "h", "w", "fps", "codes", "crc32"]
@@ -238,10 +240,20 @@ def _sources(lake: Lake, clip_ids: Sequence[str], tokenizer_id: str, recipe: Pac
     return sorted(sources, key=lambda source: (source.kind, source.item_id)), num_without
 
 
-def _best_captions(lake: Lake, clip_ids: Sequence[str]) -> Iterator[dict[str, str]]:
-    """The first window's caption per clip. Several captioners: the one that captioned most clips, then by id."""
+def _best_captions(lake: Lake, clip_ids: Sequence[str], captioner: str | None) -> Iterator[dict[str, str]]:
+    """The first window's caption per clip, if it passed its checks. Several captioners: the one asked for, else the one that
+    captioned most clips, then by id.
+    """
     wanted = set(clip_ids)
-    rows = [row for row in lake.read(CAPTIONS).to_pylist() if row["clip_id"] in wanted and row["window"] == 0]
+    columns = ["clip_id", "window", "captioner_id", "text", "problem"]
+    rows = [
+        row
+        for row in lake.read(CAPTIONS, columns).to_pylist()
+        if row["clip_id"] in wanted
+        and row["window"] == 0
+        and row["problem"] is None
+        and row["captioner_id"].startswith(captioner or "")
+    ]
     counts: dict[str, int] = {}
     for row in rows:
         counts[row["captioner_id"]] = counts.get(row["captioner_id"], 0) + 1

@@ -1,4 +1,4 @@
-"""Train: a vision tokenizer on a curated set, or a language model on a sequence set; the recipe says which.
+"""Train: a vision tokenizer or a captioner on a curated set, or a language model on a sequence set; the recipe says which.
 
 A training is identified by its recipe and the content of its data. The same training is resumed when it was interrupted and
 found again when it is finished; its checkpoint is a row that names the data.
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
@@ -21,12 +22,17 @@ import numpy.typing as npt
 from jobs.clip_items import clip_items
 from jobs.cluster import ensure_ray, num_cpus
 from jobs.curate import set_row
+from jobs.model_files import model_digest
 from jobs.pack import materialise, sequence_set, text_tokenizer_from_json
 from jobs.progress import Advance, progress
 from jobs.run import recorded
 from jobs.shipped import load_named
+from pipeline.caption_prompts import load_prompt
+from pipeline.caption_provided import CAPTIONER_ID as PROVIDED_ID
+from pipeline.caption_windows import WindowConfig, window_frames
 from pipeline.frame_chunks import ChunkConfig, frame_chunks
 from pipeline.sandbox import Sandbox
+from schemas.captions import CAPTIONS
 from schemas.catalog import Lake
 from schemas.checkpoints import CHECKPOINTS
 from schemas.errors import ConfigError, RowError
@@ -34,20 +40,41 @@ from schemas.recipe import Config, short_hash
 from schemas.runs import ATTEMPTS
 from schemas.vocabulary import Vocabulary
 from train.batches import FrameData, SequenceData, write_frame_file
+from train.captioner import CaptionData, CaptionerTrainingConfig, CaptionExample, train_captioner, write_examples
 from train.pretrain import PretrainConfig, pretrain
 from train.progress import Progress, TrainingResult
 from train.vision_tokenizer import TokenizerTrainingConfig, train_vision_tokenizer
 
-Chunks = npt.NDArray[np.uint8]
+Frames = npt.NDArray[np.uint8]
+
+
+class ExampleConfig(Config):
+    """What a captioner learns from: whose captions, of which frames, asked for by which prompt. Use the same windows and
+    prompt when it captions.
+    """
+
+    captioner: str = PROVIDED_ID
+    """Whose captions. Those that came with the media, unless named by another captioner's id."""
+    prompt: str = "dense.v1"
+    windows: WindowConfig = WindowConfig()
 
 
 class TrainRecipe(Config):
-    """What to train. Exactly the section that the objective names is given."""
+    """What to train. Exactly the sections that the objective names are given."""
 
-    objective: Literal["vision_tokenizer", "pretrain"]
+    objective: Literal["vision_tokenizer", "pretrain", "captioner"]
     frames: ChunkConfig | None = None
     vision_tokenizer: TokenizerTrainingConfig | None = None
     pretrain: PretrainConfig | None = None
+    examples: ExampleConfig | None = None
+    captioner: CaptionerTrainingConfig | None = None
+
+
+SECTIONS = {
+    "vision_tokenizer": {"frames", "vision_tokenizer"},
+    "pretrain": {"pretrain"},
+    "captioner": {"examples", "captioner"},
+}
 
 
 @dataclass(frozen=True)
@@ -65,8 +92,8 @@ class TrainReport:
 def load_training_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> TrainRecipe:
     """A training recipe by name or path. Raises: ConfigError if its sections do not fit its objective."""
     recipe = load_named(TrainRecipe, name_or_path, overrides)
-    needed = {"vision_tokenizer": {"frames", "vision_tokenizer"}, "pretrain": {"pretrain"}}[recipe.objective]
-    given = {name for name in ("frames", "vision_tokenizer", "pretrain") if getattr(recipe, name) is not None}
+    needed = SECTIONS[recipe.objective]
+    given = {name for names in SECTIONS.values() for name in names if getattr(recipe, name) is not None}
     if needed != given:
         raise ConfigError(
             f"recipe {name_or_path}: objective {recipe.objective!r} needs {sorted(needed)}, found {sorted(given)}"
@@ -78,6 +105,8 @@ def train(lake: Lake, recipe: TrainRecipe, data_name: str) -> TrainReport:
     """Train on a named set, resuming what was begun; a finished training is found, not repeated."""
     if recipe.objective == "vision_tokenizer":
         return _train_vision_tokenizer(lake, recipe, data_name)
+    if recipe.objective == "captioner":
+        return _train_captioner(lake, recipe, data_name)
     return _pretrain(lake, recipe, data_name)
 
 
@@ -94,6 +123,77 @@ def _train_vision_tokenizer(lake: Lake, recipe: TrainRecipe, set_name: str) -> T
     shape = chunks.model_dump(include={"side_px", "fps", "chunks_per_clip"}, mode="json")
     return _run(lake, recipe, [config.model_dump(mode="json", exclude={"execution"}), shape], curated["curated_id"],
                 curated["content_sha256"], start)  # fmt: skip
+
+
+def _train_captioner(lake: Lake, recipe: TrainRecipe, set_name: str) -> TrainReport:
+    assert recipe.examples is not None
+    assert recipe.captioner is not None
+    config, wanted = recipe.captioner, recipe.examples
+    curated = set_row(lake, set_name)
+    items = _captioned_windows(lake, set_name, wanted.captioner)
+    prompt_id, prompt = load_prompt(wanted.prompt)
+    said = [[item["clip_id"], item["window_start_ms"], item["window_end_ms"], item["caption"]] for item in items]
+    shape = {"windows": wanted.windows.identity(), "prompt": prompt_id, "captions": short_hash(said)}
+    data_id = short_hash([curated["curated_id"], shape])
+
+    def start(training_id: str, advance: Advance, run_id: str) -> TrainingResult:
+        path = lake.folder / "cache" / f"examples-{data_id}.arrow"
+        if not path.exists():
+            _write_examples(lake, path, items, wanted.windows, data_id, run_id, advance)
+        data = CaptionData(
+            path=path,
+            data_id=str(curated["curated_id"]),
+            sha256=hashlib.sha256(f"{curated['content_sha256']}{data_id}".encode()).hexdigest(),
+            image_prompt=prompt.asked("image"),
+            video_prompt=prompt.asked("video"),
+            system=prompt.system.strip(),
+        )
+        return train_captioner(config, data, _storage(lake, training_id), on_progress=_advance(advance))
+
+    options: list[Any] = [config.model_dump(mode="json", exclude={"execution"}), shape]
+    if config.base is not None:
+        options.append(model_digest(config.base, None))
+    return _run(lake, recipe, options, curated["curated_id"], curated["content_sha256"], start)
+
+
+def _captioned_windows(lake: Lake, set_name: str, captioner_id: str) -> list[dict[str, Any]]:
+    """The windows of a set's clips that this captioner captioned without a problem, each with a place of its medium."""
+    clips = {clip["clip_id"]: clip for clip in clip_items(lake, set_name).to_pylist()}
+    columns = ["clip_id", "window", "captioner_id", "text", "problem", "window_start_ms", "window_end_ms"]
+    rows = lake.read_where(CAPTIONS, "captioner_id", [captioner_id], columns).to_pylist()
+    found = [
+        {**clips[row["clip_id"]], **row, "caption": row["text"]}
+        for row in rows
+        if row["clip_id"] in clips and row["problem"] is None
+    ]
+    if not found:
+        raise ConfigError(f"no clip of {set_name!r} has a caption by {captioner_id}; run `outback caption {set_name}`")
+    return sorted(found, key=lambda item: (item["clip_id"], item["window"]))
+
+
+def _write_examples(
+    lake: Lake,
+    path: Path,
+    items: list[dict[str, Any]],
+    windows: WindowConfig,
+    data_id: str,
+    run_id: str,
+    advance: Advance,
+) -> None:
+    """The frames and captions of windows as one file in the lake's cache, read from the originals once."""
+    failures: list[dict[str, object]] = []
+
+    def examples() -> Iterator[CaptionExample]:
+        limits = windows.timeout_s, windows.memory_mb
+        for index, (item, frames) in enumerate(_read_all(items, partial(window_frames, config=windows), *limits)):
+            if isinstance(frames, RowError):
+                failures.append(_attempt(item, frames, data_id))
+            else:
+                yield CaptionExample(item["kind"], frames, item["caption"])
+            advance(index + 1, len(items), "windows read")
+
+    write_examples(path, examples())
+    lake.append(ATTEMPTS, failures, run_id)
 
 
 def _pretrain(lake: Lake, recipe: TrainRecipe, name: str) -> TrainReport:
@@ -177,9 +277,10 @@ def _frame_data(
         return data
     path.parent.mkdir(parents=True, exist_ok=True)
     items = clip_items(lake, set_name).to_pylist()
-    found: list[Chunks] = []
+    found: list[Frames] = []
     failures: list[dict[str, object]] = []
-    for index, (item, result) in enumerate(_read_all(items, config)):
+    read = partial(frame_chunks, config=config)
+    for index, (item, result) in enumerate(_read_all(items, read, config.timeout_s, config.memory_mb)):
         if isinstance(result, RowError):
             failures.append(_attempt(item, result, data_id))
         else:
@@ -193,17 +294,19 @@ def _frame_data(
     return data
 
 
-def _read_all(items: list[dict[str, Any]], config: ChunkConfig) -> Iterator[tuple[dict[str, Any], Chunks | RowError]]:
-    """Every clip's chunks or its error, in order, by as many child processes as there are CPUs."""
+def _read_all(
+    items: list[dict[str, Any]], read_item: Callable[[dict[str, Any]], Frames], timeout_s: float, memory_mb: int
+) -> Iterator[tuple[dict[str, Any], Frames | RowError]]:
+    """Every item's frames or its error, in order, by as many child processes as there are CPUs."""
     workers = num_cpus()
     idle: SimpleQueue[Sandbox] = SimpleQueue()
     for _ in range(workers):
-        idle.put(Sandbox(config.timeout_s, config.memory_mb))
+        idle.put(Sandbox(timeout_s, memory_mb))
 
-    def read(item: dict[str, Any]) -> Chunks | RowError:
+    def read(item: dict[str, Any]) -> Frames | RowError:
         sandbox = idle.get()
         try:
-            return sandbox.run(frame_chunks, item, config)
+            return sandbox.run(read_item, item)
         except RowError as error:
             return error
         finally:

@@ -72,3 +72,16 @@ def test_what_cannot_be_packed_takes_no_name(lake: Lake, asked: dict[str, object
     with pytest.raises(ConfigError, match=said):
         pack_sets(lake, **wanted)
     assert len(lake.read(SEQUENCE_SETS)) == 0
+
+
+def test_captions_are_those_of_the_captioner_asked_for_and_none_that_failed_a_check(lake: Lake) -> None:
+    clips = expected(range(NUM))
+    span = {"window": 0, "window_start_ms": 0, "window_end_ms": 2000, "engine": "vllm"}
+    better = [{"clip_id": clip, "captioner_id": "d1", "text": f"a cat of {clip}", **span} for clip in clips]
+    lake.append(
+        CAPTIONS, [{**row, "problem": "refusal" if row["clip_id"] == clips[0] else None} for row in better], "d"
+    )
+    report = pack_sets(lake, ["kept"], PACK.model_copy(update={"captioner": "d"}), "better", "tok")
+    assert report.num_without_caption == 1
+    segments = [item for row in lake.read(SEQUENCES, ["segments"])["segments"].to_pylist() for item in row]
+    assert sorted(item["item_id"] for item in segments) == sorted([*clips[1:], "one"])
