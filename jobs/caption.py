@@ -1,6 +1,7 @@
 """Caption: what a set holds and has no caption of this captioner yet, by an engine, or by what came with the media."""
 
 import os
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jobs.checkpoints import checkpoint_row
 from jobs.clip_items import clip_items
 from jobs.cluster import ensure_ray, num_cpus
 from jobs.curate import read_set
@@ -29,6 +31,8 @@ from schemas.catalog import Lake
 from schemas.clips import CLIPS
 from schemas.errors import ConfigError
 from schemas.media import LOCATIONS
+
+_CHECKPOINT = re.compile(r"[0-9a-f]{4,16}")
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def caption(
     if recipe.model is None:
         raise ConfigError(f"engine {recipe.engine!r} needs a model; give --set model=FOLDER_OR_NAME")
     prompt_id, prompt = load_prompt(recipe.prompt)
-    model, make_engine = _engine(recipe, recipe.model)
+    model, make_engine = _engine(lake, recipe, recipe.model)
     digest = model_digest(model, recipe.revision, served=recipe.engine == "endpoint")
     captioner = captioner_row(recipe, prompt_id, prompt, model, digest)
     captioner_id = str(captioner["captioner_id"])
@@ -96,12 +100,17 @@ def caption(
     )
 
 
-def _engine(recipe: CaptionRecipe, model: str) -> tuple[str, Any]:
-    """The model behind the recipe's name, as a folder or a name, and what makes its engine inside a worker."""
+def _engine(lake: Lake, recipe: CaptionRecipe, model: str) -> tuple[str, Any]:
+    """The model behind the recipe's name, as a folder or a hub name, and what makes its engine inside a worker."""
     if recipe.engine == "endpoint":
         served = served_model(recipe.endpoint, model)
         return served.root, partial(EndpointEngine, model, recipe.endpoint, served.is_vllm)
-    folder = os.path.abspath(model) if Path(model).is_dir() else model
+    if Path(model).is_dir():
+        folder = os.path.abspath(model)
+    elif model == "latest" or _CHECKPOINT.fullmatch(model):
+        folder = str(checkpoint_row(lake, model, "captioner")["uri"])
+    else:
+        folder = model
     return folder, partial(VllmEngine, folder, recipe.revision, recipe.vllm)
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from jobs.checkpoints import checkpoint_row
 from jobs.progress import progress
 from jobs.run import recorded
-from jobs.tokenize_clips import checkpoint_row
 from model.generate import VisionRequest, generate_vision
 from model.sampling import SamplingConfig
 from model.vision_tokenizer.pixels import rgb_from_pixels

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 from pydantic import Field
 
+from jobs.checkpoints import checkpoint_row
 from jobs.clip_items import clip_items
 from jobs.cluster import ensure_ray, num_cpus
 from jobs.progress import progress
@@ -16,8 +17,6 @@ from jobs.run import recorded
 from pipeline.stage import Stage, StageOutcome, left_to_do, run_stage
 from pipeline.tokenize_vision import Encode, Frames, Preparation, TokenizeWorker
 from schemas.catalog import Lake
-from schemas.checkpoints import CHECKPOINTS
-from schemas.errors import ConfigError
 from schemas.recipe import Config, canonical_json, short_hash
 from schemas.vision_tokens import TOKENIZERS, VISION_TOKENS
 
@@ -64,22 +63,6 @@ class LoadEncoder:
                 return np.asarray(tokenizer.encode_chunks(pixels.unsqueeze(0))[0].numpy())
 
         return encode
-
-
-def checkpoint_row(lake: Lake, checkpoint: str, objective: str) -> dict[str, object]:
-    """The `checkpoints` row of an id or a unique beginning of one; `latest` is the newest of its objective.
-
-    Raises: ConfigError if none or several fit.
-    """
-    rows = [row for row in lake.read(CHECKPOINTS).to_pylist() if row["objective"] == objective]
-    if checkpoint == "latest":
-        found = sorted(rows, key=lambda row: row["written_at"])[-1:]
-    else:
-        found = [row for row in rows if str(row["checkpoint_id"]).startswith(checkpoint)]
-    if len(found) != 1:
-        known = [row["checkpoint_id"] for row in rows]
-        raise ConfigError(f"{checkpoint!r} names {len(found)} {objective} checkpoints; there are {known}")
-    return dict(found[0])
 
 
 def tokenize(

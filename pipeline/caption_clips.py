@@ -27,7 +27,7 @@ class CaptionRecipe(Config):
 
     engine: Literal["provided", "vllm", "endpoint"] = "provided"
     model: str | None = None
-    """A folder or a hub name for `vllm`; for `endpoint` the name it serves the model under."""
+    """For `vllm` a folder, a captioner's checkpoint id (or `latest`) or a hub name; for `endpoint` the name it serves."""
     revision: str | None = None
     prompt: str = "dense.v1"
     """A shipped prompt or the path of one."""
