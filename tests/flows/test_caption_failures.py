@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,16 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scanned(tmp_path_factory: pytest.TempPathFactory, media: Path) -> Lake:
+def scanned(tmp_path_factory: pytest.TempPathFactory, media: Path) -> Iterator[Lake]:
     """A lake of forty images in the set `all`."""
+    import ray
+
     lake = Lake.open(tmp_path_factory.mktemp("scanned") / "lake")
     ingest(lake, [str(media)], options=IngestConfig())
     scan(lake, ScanConfig())
     curate(lake, CurateRecipe(), "all")
-    return lake
+    yield lake
+    ray.shutdown()  # others start clusters of their own
 
 
 @dataclass(frozen=True)
