@@ -115,6 +115,28 @@ def caption(
 
 
 @app.command()
+def score(
+    family: Annotated[str, typer.Argument(help="The family: caption. Families that need a decode are scan's.")],
+    set_name: Annotated[str, typer.Argument(metavar="SET", help="A curated set.")],
+    captioner: Annotated[str | None, typer.Option("--captioner", help="Whose captions: a beginning of an id.")] = None,
+    clip: Annotated[str | None, typer.Option("--clip", help="Folder of an open_clip model, for similarity.")] = None,
+    lake: LakeOption = "./lake",
+    json: JsonOption = False,
+    strict: StrictOption = False,
+    retry_failed: RetryOption = False,
+) -> None:
+    """Score the captions of a set, so that recipes can choose by them."""
+    if family != "caption":
+        raise ConfigError(f"family {family!r}: expected caption; the others are scored by `outback scan`")
+    from jobs.score import score_captions
+    from pipeline.score_captions import CaptionScoreConfig
+
+    report = score_captions(_open(lake), set_name, captioner, CaptionScoreConfig(clip=clip), retry_failed=retry_failed)
+    _answer(report, json, f"score {report.scorer_id}: {report.num_clips} clips, {_found(report, 'scored')}")
+    _exit_if(strict and _num_rejected(report) > 0)
+
+
+@app.command()
 def tokenize(
     set_name: Annotated[str, typer.Argument(metavar="SET", help="A curated set.")],
     tokenizer: Annotated[

@@ -18,7 +18,7 @@ def model_digest(model: str, revision: str | None, *, served: bool = False) -> s
     """
     folder = Path(model)
     if folder.is_dir():
-        return short_hash(_file_digests(folder))
+        return files_digest(model, "config.json")
     if served:
         return short_hash([model, revision])
     if folder.is_absolute():
@@ -30,17 +30,20 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _file_digests(folder: Path) -> dict[str, str]:
+def files_digest(model: str, needed: str) -> str:
+    """A folder -> the hash of its files' names and bytes. Raises: ConfigError if the needed file is not in it."""
+    folder = Path(model)
+    if not (folder / needed).is_file():
+        raise ConfigError(f"{folder} holds no model: there is no {needed}")
     files = sorted(
         path
         for path in folder.rglob("*")
         if path.is_file() and path.name not in NOT_THE_MODEL and not _hidden(path.relative_to(folder))
     )
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} holds no model: there is no config.json")
     with ThreadPoolExecutor(8) as threads:  # hashing large buffers releases the lock of the interpreter
         digests = threads.map(_sha256, files)
-        return {path.relative_to(folder).as_posix(): digest for path, digest in zip(files, digests, strict=True)}
+        named = zip((path.relative_to(folder).as_posix() for path in files), digests, strict=True)
+        return short_hash(dict(named))
 
 
 def _sha256(path: Path) -> str:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import AfterValidator, Field, model_validator
 
+from schemas.captions import CAPTION_SCORES
 from schemas.recipe import Config
 from schemas.scores import MOTION, RESOLUTION, TECHNICAL, TEXT
 from schemas.table import Table
@@ -60,6 +61,7 @@ class ScorerPins(Config):
     motion: str | None = None
     text: str | None = None
     technical: str | None = None
+    caption: str | None = None
 
 
 class CurateRecipe(Config):
@@ -85,6 +87,10 @@ class CurateRecipe(Config):
     colour: Bounds | None = None
     colourfulness: Bounds | None = None
     letterbox: Bounds | None = None
+    caption_words: Bounds | None = None
+    caption_repetition: Bounds | None = None
+    caption_problems: Bounds | None = None
+    caption_similarity: Bounds | None = None
 
 
 # The score each section asks about.
@@ -103,6 +109,10 @@ SCORES: Mapping[str, tuple[Table, str]] = {
     "colour": (TECHNICAL, "monochrome_ratio"),
     "colourfulness": (TECHNICAL, "colourfulness"),
     "letterbox": (TECHNICAL, "letterbox_ratio"),
+    "caption_words": (CAPTION_SCORES, "words"),
+    "caption_repetition": (CAPTION_SCORES, "repetition"),
+    "caption_problems": (CAPTION_SCORES, "problems"),
+    "caption_similarity": (CAPTION_SCORES, "clip_similarity"),
 }
 
 

@@ -23,6 +23,7 @@ from pipeline.rules import (
     passes,
     rules_of,
 )
+from schemas.captions import CAPTION_SCORES
 from schemas.scores import FAMILIES, MOTION, RESOLUTION
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -83,7 +84,7 @@ def test_every_section_of_a_recipe_asks_about_a_score_there_is() -> None:
     sections = {name for name, field in CurateRecipe.model_fields.items() if "Bounds" in str(field.annotation)}
     assert sections == set(SCORES)
     for family, column in SCORES.values():
-        assert family in FAMILIES
+        assert family in (*FAMILIES, CAPTION_SCORES)
         assert column in family.names
 
 
