@@ -82,6 +82,8 @@ def caption(
         max_block_items=max(16, recipe.concurrency),
     )
     clips = clip_items(lake, set_name)
+    if recipe.skip_captioned:
+        clips = clips.filter(pc.invert(pc.is_in(clips["clip_id"], value_set=_captioned_by_others(lake, captioner_id))))
     items = _window_items(clips, recipe.windows.max_s)
     done = _done(lake, captioner_id)
     todo = left_to_do(lake, stage, items, done, retry_failed=retry_failed).items
@@ -138,6 +140,13 @@ def _window_items(clips: pa.Table, max_s: float) -> pa.Table:
         for window in windows(clip["start_ms"], clip["end_ms"], max_s)
     ]
     return pa.Table.from_pylist(rows)
+
+
+def _captioned_by_others(lake: Lake, captioner_id: str) -> pa.Array:
+    """The clips that have a sound caption by any other captioner."""
+    rows = lake.read(CAPTIONS, ["clip_id", "captioner_id", "problem"])
+    others = pc.and_(pc.not_equal(rows["captioner_id"], captioner_id), pc.is_null(rows["problem"]))
+    return pc.unique(rows["clip_id"].filter(others))
 
 
 def _done(lake: Lake, captioner_id: str) -> pa.Table:

@@ -23,22 +23,25 @@ from jobs.shapes import all_facts, write_caption
 from jobs.shipped import load_named
 from jobs.tokenize_clips import TokenizeRecipe, tokenize
 from jobs.train import TrainRecipe, TrainReport, load_training_recipe, train
+from pipeline.caption_clips import CaptionRecipe
 from pipeline.scan_medium import ScanConfig
 from schemas.catalog import Lake
 from schemas.errors import ConfigError
 from schemas.vision_tokens import VISION_TOKENS
 
 SET = "demo"
+MOVING = "moving"
 RECIPE = "emu3"
 NUM_PROMPTS = 40
 NUM_VIDEOS = 8
 NUM_CONTINUED = 4
+SECTIONS = {"demo_captioner": "captioner", "demo_tokenizer": "vision_tokenizer", "demo_pretrain": "pretrain"}
 FIRST_SEED = 1_000_000  # far from every seed that the corpus was drawn with
 
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much of everything: the corpus, and how long the two trainings run."""
+    """How much of everything: the corpus, and how long the trainings run."""
 
     corpus: CorpusConfig
     overrides: tuple[str, ...]
@@ -47,8 +50,8 @@ class DemoSize:
 SIZES = {
     "full": DemoSize(CorpusConfig(), ()),
     "smoke": DemoSize(
-        CorpusConfig(num_shape_images=24, num_shape_videos=8, num_pans=1, num_zooms=1, num_cut_videos=1, num_fade_videos=1,
-                     pan_frames=60, num_texts=12),
+        CorpusConfig(num_shape_images=24, num_shape_videos=8, num_named_clips=16, num_unnamed_clips=4, num_pans=1,
+                     num_zooms=1, num_cut_videos=1, num_fade_videos=1, pan_frames=60, num_texts=12),
         ("steps=20",),
     ),
 }  # fmt: skip
@@ -75,8 +78,16 @@ def demo(folder: Path, seed: int, size: str) -> Path:
     _tell(f"{scanned.outcome.num_done} scanned, {scanned.outcome.num_failed} failed" if scanned.outcome else None)
     _say("curate", "thresholds choose clips; nothing is decoded")
     print_curate(curate(lake, load_curate_recipe(RECIPE), SET), False)
-    _say("caption", "captions that came with the media")
-    captioned = caption(lake, SET)
+    _say("caption", "what came with the media")
+    curate(lake, load_curate_recipe("demo_moving"), MOVING)
+    provided = [caption(lake, name).num_new for name in (SET, MOVING)]
+    _tell(f"{sum(provided)} captions" if any(provided) else None)
+    _say("train", "a captioner, on the moving shapes that came with captions")
+    captioner = train(lake, _training("demo_captioner", size), MOVING)
+    _tell(None if captioner.already_there else f"checkpoint {captioner.checkpoint_id} after {captioner.step} steps")
+    _say("caption", "the moving shapes that came without, by the captioner under vLLM")
+    recipe = load_named(CaptionRecipe, "demo_caption").model_copy(update={"model": captioner.checkpoint_id})
+    captioned = caption(lake, MOVING, recipe)
     _tell(f"{captioned.num_new} captions" if captioned.num_new else None)
     _say("train", "a vision tokenizer, by reconstruction")
     tokenizer = train(lake, _training("demo_tokenizer", size), SET)
@@ -94,7 +105,9 @@ def demo(folder: Path, seed: int, size: str) -> Path:
     drawn = _draw(lake, model, tokens.tokenizer_id)
     report = folder / "report.html"
     _say("report", str(report))
-    road = Road(lake, truth, SET, RECIPE, tokenizer, model, tokens.tokenizer_id, drawn)
+    road = Road(
+        lake, truth, SET, RECIPE, captioner, captioned.captioner_id, tokenizer, model, tokens.tokenizer_id, drawn
+    )
     figures = measure(road)
     write_demo_report(report, road, figures)
     _print_figures(figures, len(drawn))
@@ -106,8 +119,7 @@ def demo(folder: Path, seed: int, size: str) -> Path:
 def _training(name: str, size: str) -> TrainRecipe:
     overrides = []
     for override in SIZES[size].overrides:
-        section = "vision_tokenizer" if name == "demo_tokenizer" else "pretrain"
-        overrides.append(f"{section}.{override}")
+        overrides.append(f"{SECTIONS[name]}.{override}")
     return load_training_recipe(name, overrides)
 
 
@@ -135,6 +147,11 @@ def _ask(prompt: str, kind: Literal["image", "video"], index: int) -> Ask:
 
 def _print_figures(figures: DemoFigures, num_drawn: int) -> None:
     images, true = figures.images, figures.true_images
+    captions = figures.captions
+    print(
+        f"of {captions.num_judged} clips without a caption the captioner names {captions.colour:.1%} by colour, "
+        f"{captions.shape:.1%} by shape, {captions.direction or 0:.1%} by direction"
+    )
     print(f"{figures.num_parsed} of {num_drawn} generated documents parse")
     print(
         f"{len(figures.findings) - len(figures.wrong)} of {len(figures.findings)} planted cuts and defects as planted"

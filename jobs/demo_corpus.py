@@ -1,6 +1,7 @@
 """A raw corpus made on the spot, with its ground truth: the demo walks the whole road on it, tests check against it.
 
-`shapes/` is the world to be learnt, with exact captions in one manifest; `photos/` are real photographs at rest, panned
+`shapes/` is the world to be learnt, with exact captions in one manifest, which leaves a hundred clips for a captioner to
+name; `photos/` are real photographs at rest, panned
 and cut together at known frames, with captions in sidecars; `defects/` is what curation must refuse, one file per
 reason; `texts/` is language data. `truth.json` says of every file offered what must become of it.
 
@@ -32,7 +33,7 @@ from jobs import shapes
 from schemas.errors import ConfigError
 from schemas.recipe import Config
 
-CORPUS_VERSION = 1  # raised when the same seed and options would give other bytes than before
+CORPUS_VERSION = 2  # raised when the same seed and options would give other bytes than before
 PHOTO_SIZE = (640, 512)
 PHOTO_FPS = 24
 ROOM = 1.3  # how much larger than the frame a photograph is scaled, so that the camera has room to move
@@ -67,6 +68,10 @@ class CorpusConfig(Config):
     shape_size_px: int = Field(default=512, ge=64, multiple_of=2)
     shape_video_frames: int = Field(default=24, ge=2)
     shape_video_fps: int = Field(default=12, ge=1)
+    num_named_clips: int = Field(default=192, ge=0)
+    num_unnamed_clips: int = Field(default=36, ge=0)
+    clip_size_px: int = Field(default=256, ge=64, lt=512, multiple_of=2)
+    clip_frames: int = Field(default=12, ge=2)
     num_pans: int = Field(default=4, ge=0)
     num_zooms: int = Field(default=2, ge=0)
     num_cut_videos: int = Field(default=3, ge=0)
@@ -86,7 +91,8 @@ class FileTruth(Config):
     """What a file is and what must become of it. `path` is relative to the corpus.
 
     `rule` is the rule that must refuse every clip of a rejected file (others may too), `reason` the class of the
-    attempt that a failed file leaves. A duplicate shares the fate of the file it copies.
+    attempt that a failed file leaves. `caption` came with the file; `shows` is what nobody says of it. A duplicate
+    shares the fate of the file it copies.
     """
 
     path: str
@@ -97,6 +103,7 @@ class FileTruth(Config):
     stage: Literal["ingest", "scan"] | None = None
     reason: str | None = None
     caption: str | None = None
+    shows: str | None = None
     licence: str | None = None
     num_frames: int | None = None
     fps: int | None = None
@@ -200,23 +207,39 @@ def _utf8(text: str) -> bytes:
 
 
 def _plan_shapes(seed: int, config: CorpusConfig) -> Iterator[PlannedFile]:
+    """Images with captions; videos without any; and clips too small for the curated set, which a captioner learns from."""
     lines: list[dict[str, str]] = []
     still, moving = shapes.all_facts(moving=False), shapes.all_facts(moving=True)
-    wanted = [("image", index) for index in range(config.num_shape_images)]
-    wanted += [("video", index) for index in range(config.num_shape_videos)]
-    for kind, index in wanted:
-        rng = np.random.default_rng([seed, kind == "video", index])
-        facts = still[index % len(still)] if kind == "image" else moving[index % len(moving)]
+    wanted = [("image", index, True) for index in range(config.num_shape_images)]
+    wanted += [("video", index, False) for index in range(config.num_shape_videos)]
+    drawn: set[shapes.ShapeScene] = set()
+    num_clips = config.num_named_clips + config.num_unnamed_clips
+    wanted += [("clip", index, index < config.num_named_clips) for index in range(num_clips)]
+    for group, index, is_named in wanted:
+        rng = np.random.default_rng([seed, ("image", "video", "clip").index(group), index])
+        facts = still[index % len(still)] if group == "image" else moving[index % len(moving)]
         scene = shapes.make_scene(facts, seed=int(rng.integers(2**31)))
-        caption = shapes.write_caption(facts, phrasing=int(rng.choice(3, p=(0.6, 0.2, 0.2))))
-        name = f"{kind}_{index:04d}.{'png' if kind == 'image' else 'mp4'}"
-        lines.append({"path": name, "caption": caption, "licence": OWN_LICENCE, "source": f"outback demo, seed {seed}"})
-        truth = _truth(f"shapes/{name}", kind, "shape", caption=caption, licence=OWN_LICENCE)
-        if kind == "image":
+        while scene in drawn:  # two files of the same bytes are one medium
+            scene = shapes.make_scene(facts, seed=int(rng.integers(2**31)))
+        drawn.add(scene)
+        # One phrase for what a captioner learns from: so few clips leave it no chance to tell whim from meaning.
+        phrasing = 0 if group == "clip" else int(rng.choice(3, p=(0.6, 0.2, 0.2)))
+        caption = shapes.write_caption(facts, phrasing)
+        name = f"{group}_{index:04d}.{'png' if group == 'image' else 'mp4'}"
+        line = {"path": name, "licence": OWN_LICENCE, "source": f"outback demo, seed {seed}"}
+        lines.append({**line, "caption": caption} if is_named else line)
+        said = {"caption" if is_named else "shows": caption, "licence": OWN_LICENCE}
+        kind = "image" if group == "image" else "video"
+        truth = _truth(f"shapes/{name}", kind, "shape", **said)
+        if group == "image":
             yield PlannedFile(truth.path, partial(_shape_image, scene, config), truth)
-        else:
+        elif group == "video":
             length = {"num_frames": config.shape_video_frames, "fps": config.shape_video_fps}
             yield PlannedFile(truth.path, partial(_shape_video, scene, config), truth.model_copy(update=length))
+        else:
+            fate = {"outcome": "rejected", "rule": "resolution", "num_frames": config.clip_frames}
+            fate["fps"] = config.shape_video_fps
+            yield PlannedFile(truth.path, partial(_shape_clip, scene, config), truth.model_copy(update=fate))
     manifest = "".join(json.dumps(line) + "\n" for line in lines).encode()
     yield PlannedFile("shapes/manifest.jsonl", lambda: manifest)
 
@@ -228,6 +251,13 @@ def _shape_image(scene: shapes.ShapeScene, config: CorpusConfig) -> bytes:
 def _shape_video(scene: shapes.ShapeScene, config: CorpusConfig) -> bytes:
     fps = config.shape_video_fps
     return _encode_video(shapes.render_video(scene, config.shape_video_frames, fps, config.shape_size_px), fps)
+
+
+def _shape_clip(scene: shapes.ShapeScene, config: CorpusConfig) -> bytes:
+    """As far as the longer videos go, in as much less time."""
+    fps = config.shape_video_fps
+    slow = fps * config.clip_frames / config.shape_video_frames
+    return _encode_video(shapes.render_video(scene, config.clip_frames, slow, config.clip_size_px), fps)
 
 
 # ---------------------------------------------------------------------------------------------------------- photos

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jobs.curate import explain_clips, load_curate_recipe, set_row
+from jobs.demo_corpus import load_truth
 from jobs.demo_truth import Finding, check_truth
 from jobs.generate import Generation, decode_codes
 from jobs.lineage import Data, Training, trace
@@ -17,6 +18,7 @@ from jobs.report import (
     Accuracy,
     AttemptGroup,
     BalanceLine,
+    CaptionedClip,
     ClipCard,
     Curve,
     Fact,
@@ -26,6 +28,7 @@ from jobs.report import (
     Histogram,
     LineageNode,
     LossChart,
+    NamedShare,
     PromptImages,
     Reconstruction,
     ReportData,
@@ -35,6 +38,7 @@ from jobs.report import (
 )
 from jobs.run import code_version, environment
 from jobs.shapes import (
+    ShapeFacts,
     ShapeScore,
     all_facts,
     judge_direction,
@@ -43,6 +47,7 @@ from jobs.shapes import (
     parse_caption,
     render_image,
     render_video,
+    score_captions,
     score_images,
     score_videos,
     write_caption,
@@ -54,7 +59,7 @@ from pipeline.read_frames import read_frames
 from pipeline.rules import Rule, rules_of
 from pipeline.sandbox import Sandbox
 from pipeline.tokenize_vision import Preparation, clip_frames
-from schemas.captions import CAPTIONS
+from schemas.captions import CAPTIONERS, CAPTIONS
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
 from schemas.document import DocumentError, parse_document
@@ -71,6 +76,7 @@ Thumbnail = Callable[[dict[str, Any], str], bytes | None]
 
 NUM_CARDS = 24
 NUM_RECONSTRUCTIONS = 8
+NUM_CAPTIONED = 12
 NUM_TRUE_IMAGES = 240
 THUMBNAIL_PX = 160
 JUDGED_SIZE_PX = 64  # true renderings are judged at the size the model draws
@@ -84,6 +90,8 @@ class Road:
     truth: Path
     set_name: str
     recipe: str
+    captioner: TrainReport
+    captioner_id: str
     tokenizer: TrainReport
     model: TrainReport
     tokenizer_id: str
@@ -98,6 +106,7 @@ class DemoFigures:
     videos: ShapeScore
     true_images: ShapeScore
     true_videos: ShapeScore
+    captions: ShapeScore
     num_parsed: int
     findings: tuple[Finding, ...]
 
@@ -124,9 +133,32 @@ def measure(road: Road) -> DemoFigures:
         true_videos=score_videos(
             [(write_caption(s.facts), render_video(s, length, fps, JUDGED_SIZE_PX)) for s in moves]
         ),
+        captions=score_captions([(clip.caption, clip.facts) for clip in unnamed_clips(road)]),
         num_parsed=_num_parsed(road),
         findings=tuple(findings),
     )
+
+
+@dataclass(frozen=True)
+class UnnamedClip:
+    """A clip that came without a caption: what it shows by the corpus' truth, and what the captioner says of it."""
+
+    place: dict[str, Any]
+    facts: ShapeFacts
+    caption: str
+
+
+def unnamed_clips(road: Road) -> list[UnnamedClip]:
+    """Every clip of the corpus that its manifest leaves unnamed. One without a caption has an empty one."""
+    shows = {str(road.truth.parent / f.path): f.shows for f in load_truth(road.truth).files if f.shows is not None}
+    rows = road.lake.read_where(CAPTIONS, "captioner_id", [road.captioner_id], ["clip_id", "text"]).to_pylist()
+    captions = {row["clip_id"]: row["text"] for row in rows}
+    found = []
+    for clip_id, place in sorted(_clip_places(road.lake).items()):
+        facts = parse_caption(shows.get(place["uri"], ""))
+        if facts is not None:
+            found.append(UnnamedClip(place, facts, captions.get(clip_id, "")))
+    return found
 
 
 def _num_parsed(road: Road) -> int:
@@ -161,8 +193,18 @@ def write_demo_report(path: Path, road: Road, figures: DemoFigures) -> None:
             kept=tuple(_cards(lake, [row for row in verdicts if row["verdict"] == "kept"], road, sandbox)),
             rejected=tuple(_cards(lake, [row for row in verdicts if row["verdict"] == "rejected"], road, sandbox)),
             attempts=tuple(_attempts(lake)),
+            captioning=_captioning(road, figures),
+            named=tuple(_named(figures.captions)),
+            captions=tuple(_captioned(road, sandbox)),
             reconstructions=tuple(_reconstructions(road, sandbox)),
-            losses=(_losses("vision tokenizer", road.tokenizer), _losses("language model", road.model)),
+            losses=tuple(
+                _losses(name, training)
+                for name, training in (
+                    ("captioner", road.captioner),
+                    ("vision tokenizer", road.tokenizer),
+                    ("language model", road.model),
+                )
+            ),
             accuracies=tuple(_accuracies(figures)),
             images=tuple(_images(road.drawn)),
             videos=tuple(_video(g) for g in road.drawn if g.ask.kind == "video" and not g.ask.continued_clip_id),
@@ -293,6 +335,41 @@ def _attempts(lake: Lake) -> Iterator[AttemptGroup]:
         groups.setdefault((row["stage"], row["error_class"]), []).append((row["uri"] or row["item_id"], row["message"]))
     for (stage, reason), items in sorted(groups.items()):
         yield AttemptGroup(stage, reason, len(items), tuple((Path(uri).name, message) for uri, message in items[:5]))
+
+
+def _captioning(road: Road, figures: DemoFigures) -> str:
+    row = road.lake.read_where(CAPTIONERS, "captioner_id", [road.captioner_id]).to_pylist()[0]
+    return (
+        f"Captioner {road.captioner_id}: checkpoint {road.captioner.checkpoint_id} of this lake under vLLM, prompt "
+        f"{row['prompt_id']}. It learnt from clips whose captions came in a manifest, and names "
+        f"{figures.captions.num_judged} others that it has never seen."
+    )
+
+
+def _named(score: ShapeScore) -> Iterator[NamedShare]:
+    yield NamedShare("colour", score.colour, score.shuffled_colour)
+    yield NamedShare("shape", score.shape, score.shuffled_shape)
+    if score.direction is not None and score.shuffled_direction is not None:
+        yield NamedShare("direction", score.direction, score.shuffled_direction)
+    yield NamedShare("all three", score.exact, score.shuffled_exact)
+
+
+def _captioned(road: Road, sandbox: Sandbox) -> Iterator[CaptionedClip]:
+    """Clips that the captioner named: wrong ones first, as they say more, then others in the order of their ids."""
+    clips = [(clip, parse_caption(clip.caption) == clip.facts) for clip in unnamed_clips(road)]
+    clips.sort(key=lambda pair: pair[1])
+    num_wrong = min(NUM_CAPTIONED // 3, sum(not is_right for _, is_right in clips))
+    for clip, is_right in clips[:num_wrong] + [pair for pair in clips if pair[1]][: NUM_CAPTIONED - num_wrong]:
+        try:
+            frames = sandbox.run(_small_frames, clip.place["uri"], clip.place["start_ms"], clip.place["end_ms"])
+        except RowError:
+            continue
+        note = f"it is {write_caption(clip.facts)}"
+        yield CaptionedClip(Path(clip.place["uri"]).name, frames, clip.caption or "(no caption)", is_right, note)
+
+
+def _small_frames(uri: str, start_ms: int, end_ms: int) -> Pixels:
+    return read_frames(Path(uri), start_ms, end_ms, num_frames=6, size=(JUDGED_SIZE_PX, JUDGED_SIZE_PX))
 
 
 def _reconstructions(road: Road, sandbox: Sandbox) -> Iterator[Reconstruction]:

@@ -115,6 +115,26 @@ class Reconstruction:
 
 
 @dataclass(frozen=True)
+class CaptionedClip:
+    """Frames of a clip, uint8 RGB (T, H, W, 3), what a captioner says of it, and whether that is so."""
+
+    name: str
+    frames: Pixels
+    caption: str
+    is_right: bool | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class NamedShare:
+    """Shares in 0..1 of clips whose caption names a fact rightly: its own caption's, and any caption's on average."""
+
+    fact: str
+    named: float
+    shuffled: float
+
+
+@dataclass(frozen=True)
 class Curve:
     """One line of a chart: its name, and values over steps."""
 
@@ -197,6 +217,9 @@ class ReportData:
     kept: tuple[ClipCard, ...] = ()
     rejected: tuple[ClipCard, ...] = ()
     attempts: tuple[AttemptGroup, ...] = ()
+    captioning: str = ""
+    named: tuple[NamedShare, ...] = ()
+    captions: tuple[CaptionedClip, ...] = ()
     reconstructions: tuple[Reconstruction, ...] = ()
     losses: tuple[LossChart, ...] = ()
     accuracies: tuple[Accuracy, ...] = ()
@@ -286,11 +309,12 @@ class StripFrame:
     is_context: bool
 
 
-def _strip(video: GeneratedVideo, most: int = 8) -> list[StripFrame]:
+def _strip(video: GeneratedVideo | CaptionedClip, most: int = 8) -> list[StripFrame]:
     """At most `most` frames, evenly spread, the first and the last among them."""
     count = min(most, len(video.frames))
+    given = video.num_context if isinstance(video, GeneratedVideo) else 0
     places = np.unique(np.linspace(0, len(video.frames) - 1, count).round().astype(int))
-    return [StripFrame(video.frames[place], int(place), int(place) < video.num_context) for place in places]
+    return [StripFrame(video.frames[place], int(place), int(place) < given) for place in places]
 
 
 # ---------------------------------------------------------------------------------------------------------- charts

@@ -226,6 +226,19 @@ def score_videos(pairs: Sequence[tuple[str, Pixels]]) -> ShapeScore:
     return _score(asked, seen)
 
 
+def score_captions(pairs: Sequence[tuple[str, ShapeFacts]]) -> ShapeScore:
+    """(caption, what the clip shows) pairs -> how many name its colour, shape and direction. A caption that is not of the
+    grammar names nothing.
+
+    Raises: ValueError if there is no pair.
+    """
+    said = [parse_caption(caption) for caption, _ in pairs]
+    return _score(
+        [facts for _, facts in pairs],
+        [ShapeSeen(s.colour, s.shape, s.direction) if s is not None else ShapeSeen(None, None) for s in said],
+    )
+
+
 @dataclass(frozen=True)
 class ShapeSeen:
     """What the judge saw; None where it saw nothing of the kind."""

@@ -5,13 +5,18 @@ the first layer; weights start wider than transformers' 0.02, at which so narrow
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from schemas.recipe import Config
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
@@ -57,6 +62,46 @@ def write_captioner(folder: Path, size: CaptionerSize, texts: Sequence[str], see
     network.generation_config = GenerationConfig(eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
     network.save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+def load_captioner(folder: str) -> "nn.Module":
+    """A folder or a hub name -> transformers' image-text-to-text model, in float32, with positions as vLLM counts them."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    network: nn.Module = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    for module in network.modules():
+        if hasattr(module, "get_rope_index"):
+            module.get_rope_index = _counting_past_pictures(module.get_rope_index)  # type: ignore[assignment, arg-type]
+    return network
+
+
+def _counting_past_pictures(rope_index: Callable[..., Any]) -> Callable[..., Any]:
+    """Positions (3, B, L) of time, height and width in which what follows a video comes after all of it.
+
+    So Qwen's models were trained and so vLLM runs them. transformers 5 counts on from the height or width of the picture,
+    so that the words after a video share positions with its later frames (huggingface/transformers#45381): a captioner
+    trained that way is another one when it is served.
+    """
+
+    @wraps(rope_index)
+    def counted(input_ids: "Tensor", **inputs: Any) -> "tuple[Tensor, Tensor]":
+        positions, deltas = rope_index(input_ids, **inputs)
+        mask = inputs.get("attention_mask")
+        for row, kinds in enumerate(inputs["mm_token_type_ids"].tolist()):
+            start, shift = 0, 0
+            for kind, group in groupby(kinds):
+                end = start + len(list(group))
+                positions[:, row, start:end] += shift
+                if kind and end < len(kinds):
+                    last, following = int(positions[:, row, start:end].max()), int(positions[0, row, end])
+                    shift = max(shift, last + 1 - following)
+                start = end
+            written = positions[:, row] if mask is None else positions[:, row, mask[row].bool()]
+            deltas[row] = written.max() + 1 - written.shape[1]
+        return positions, deltas
+
+    return counted
 
 
 def _processor(size: CaptionerSize, texts: Sequence[str]) -> Any:

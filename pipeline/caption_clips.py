@@ -31,6 +31,8 @@ class CaptionRecipe(Config):
     revision: str | None = None
     prompt: str = "dense.v1"
     """A shipped prompt or the path of one."""
+    skip_captioned: bool = False
+    """Leave out clips that another captioner has captioned without a problem, or that came with a caption."""
     windows: WindowConfig = WindowConfig()
     sampling: Sampling = Sampling()
     second_sampling: Sampling = Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.05, seed=0)

@@ -21,7 +21,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.captioner import CaptionerSize, write_captioner
+from model.captioner import CaptionerSize, load_captioner, write_captioner
 from schemas.errors import ConfigError
 from train.batches import Frames, Rows
 from train.files import publish_file, publish_folder, sync
@@ -143,9 +143,7 @@ class CaptionerObjective:
 
     def build_model(self) -> nn.Module:
         """The checkpoint that is trained on, in float32."""
-        from transformers import AutoModelForImageTextToText
-
-        model: nn.Module = AutoModelForImageTextToText.from_pretrained(self.start_folder, dtype=torch.float32)
+        model = load_captioner(self.start_folder)
         if self.config.freeze_vision:
             for parameter in _vision_tower(model).parameters():
                 parameter.requires_grad_(False)

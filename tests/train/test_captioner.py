@@ -135,6 +135,27 @@ def test_the_loss_is_that_of_transformers(
         assert float(total / weight) == pytest.approx(expected, rel=1e-4)
 
 
+def test_words_after_a_video_come_after_all_of_it(model: nn.Module) -> None:
+    """By the rule of Qwen's own code: text counts on from the largest position so far, in time, height or width."""
+    kinds = torch.tensor([[0, 0, 2, 2, 2, 2, 2, 2, 0, 0, 1, 0], [0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]])
+    mask = torch.ones_like(kinds)
+    mask[1, 6:] = 0
+    positions, deltas = model.model.get_rope_index(  # type: ignore[operator, union-attr]
+        torch.zeros_like(kinds),
+        mm_token_type_ids=kinds,
+        video_grid_thw=torch.tensor([[3, 2, 4]]),  # merged: three times one by two
+        image_grid_thw=torch.tensor([[1, 2, 2], [1, 2, 2]]),
+        second_per_grid_ts=torch.tensor([2.0]),
+        attention_mask=mask,
+    )
+    step = 4 * 2  # positions per second, and seconds between two times
+    assert positions[0, 0].tolist() == [0, 1, 2, 2, 2 + step, 2 + step, 2 + 2 * step, 2 + 2 * step, 19, 20, 21, 22]
+    assert positions[1, 0].tolist() == [0, 1, 2, 2, 2, 2, 2, 2, 19, 20, 21, 22]
+    assert positions[2, 0].tolist() == [0, 1, 2, 3, 2, 3, 2, 3, 19, 20, 21, 22]
+    assert positions[:, 1, :6].tolist() == [[0, 1, 2, 3, 4, 5]] * 3
+    assert deltas[0].item() == 22 + 1 - 12
+
+
 def test_training_ends_in_a_folder_that_transformers_loads(data: CaptionData, start: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
