@@ -13,7 +13,7 @@ from jobs.curate import explain_clips, load_curate_recipe, set_row
 from jobs.demo_corpus import load_truth
 from jobs.demo_truth import Finding, check_truth
 from jobs.generate import Generation, decode_codes
-from jobs.lineage import Data, Training, trace
+from jobs.lineage import Captioner, Data, Training, trace
 from jobs.report import (
     Accuracy,
     AttemptGroup,
@@ -463,9 +463,25 @@ def _training_node(training: Training, name: str, thumbnail: Thumbnail) -> Linea
         LineageNode("curated set", row["name"], (Fact("clips", str(row["num_clips"])),))
         for row in training.curated_sets
     )
+    captioners = tuple(_captioner_node(captioner, training.data, thumbnail) for captioner in training.captioners)
     media = tuple(_media_nodes(training.data, thumbnail))
-    data = LineageNode("data", checkpoint["data_id"], _counts(training.data), None, (*sets, *media))
+    data = LineageNode("data", checkpoint["data_id"], _counts(training.data), None, (*sets, *captioners, *media))
     return LineageNode("checkpoint", checkpoint["checkpoint_id"], facts, None, (*runs, data))
+
+
+def _captioner_node(captioner: Captioner, data: Data, thumbnail: Thumbnail) -> LineageNode:
+    """Whose captions were learnt: an example with its frames, the prompt, and what taught the captioner."""
+    row = captioner.captioner
+    captions = [caption for caption in data.captions if caption["captioner_id"] == row["captioner_id"]]
+    facts = [Fact("captions", str(len(captions))), Fact("model", row["model"])]
+    if row["prompt_id"]:
+        facts += [Fact("prompt", row["prompt_id"]), Fact("asked", row["prompt"]["video"].strip())]
+    if captions:
+        facts.append(Fact("such as", captions[0]["text"]))
+        if "frame_ms" in captions[0]:
+            facts.append(Fact("shown frames at", ", ".join(f"{at / 1000:g}" for at in captions[0]["frame_ms"]) + " s"))
+    taught = () if captioner.training is None else (_training_node(captioner.training, "captioner", thumbnail),)
+    return LineageNode("captioner", row["captioner_id"], tuple(facts), None, taught)
 
 
 def _counts(data: Data) -> tuple[Fact, ...]:

@@ -1,7 +1,8 @@
 """Lineage: from one generation back to every file that had a part in it, by id and by place.
 
-generation -> checkpoint -> runs; sequence set -> sequences -> clips and texts -> media -> locations; and the same for
-the vision tokenizer that drew the pixels, whose training read a curated set.
+generation -> checkpoint -> runs; sequence set -> sequences -> clips and texts -> media -> locations; the captions that the
+documents had -> captioner, prompt and the frames that were shown to it; and the same for the vision tokenizer that drew the
+pixels and for captioners of this lake, whose trainings read curated sets.
 """
 
 import json
@@ -12,6 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.read_frames import moments
+from schemas.captions import CAPTIONERS, CAPTIONS
 from schemas.catalog import Lake
 from schemas.checkpoints import CHECKPOINTS
 from schemas.clips import CLIPS
@@ -27,20 +30,30 @@ from schemas.vision_tokens import TOKENIZERS
 
 Row = dict[str, Any]
 NUM_SHOWN = 8
+ANY_WIDTH = 100_000
 
 
 @dataclass(frozen=True)
 class Data:
-    """What something was made from: clips, their media with every known location, and texts."""
+    """What something was made from: clips, their media with every known location, captions that were learnt, and texts."""
 
     clips: tuple[Row, ...]
     media: tuple[Row, ...]
     texts: tuple[Row, ...]
+    captions: tuple[Row, ...] = ()
+
+
+@dataclass(frozen=True)
+class Captioner:
+    """Who wrote captions: its row, with prompt, sampling and windows as values, and its training if this lake has it."""
+
+    captioner: Row
+    training: "Training | None"
 
 
 @dataclass(frozen=True)
 class Training:
-    """A checkpoint, the runs that trained it, and the data that it saw."""
+    """A checkpoint, the runs that trained it, the data that it saw, and whose captions those were."""
 
     checkpoint: Row
     runs: tuple[Row, ...]
@@ -48,6 +61,7 @@ class Training:
     sequence_sets: tuple[Row, ...]
     sequences: tuple[Row, ...]
     data: Data
+    captioners: tuple[Captioner, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,9 @@ def print_trace(lineage: Lineage, as_json: bool) -> None:
             parent.add(Text(line))
     for what in lineage.missing:
         root.add(Text(f"missing: {what}"))
-    Console(soft_wrap=True).print(root)
+    console = Console()
+    # A terminal wraps inside the tree. A pipe has no width: no line of it is cut.
+    Console(width=None if console.is_terminal else ANY_WIDTH).print(root)
 
 
 class _Tracer:
@@ -137,18 +153,50 @@ class _Tracer:
         curated = self._many(CURATED_SETS, "curated_id", curated_ids, ["name", "curated_id", "recipe_id", "num_clips"])
         sequences: tuple[Row, ...] = ()
         if packed:
-            sequences = self._many(
-                SEQUENCES, "seqset_id", data_id, ["seqset_id", "seq_index", "num_tokens", "segments"]
-            )
+            columns = ["seqset_id", "seq_index", "num_tokens", "segments", "captioner_ids"]
+            sequences = self._many(SEQUENCES, "seqset_id", data_id, columns)
             items = [segment for row in sequences for segment in row["segments"]]
             clip_ids = {item["item_id"] for item in items if item["kind"] != "text"}
-            data = self._data(clip_ids, {item["item_id"] for item in items if item["kind"] == "text"})
+            captions = self._captions(_packed_captions(sequences))
+            data = self._data(clip_ids, {item["item_id"] for item in items if item["kind"] == "text"}, captions)
         else:
-            members = self._many(CURATED, "curated_id", data_id, ["clip_id"])
-            data = self._data({row["clip_id"] for row in members}, [])
+            clip_ids = {row["clip_id"] for row in self._many(CURATED, "curated_id", data_id, ["clip_id"])}
+            learnt = (checkpoint["recipe"].get("examples") or {}).get("captioner")
+            captions = self._captions({learnt: clip_ids}, every_window=True) if learnt else ()
+            data = self._data(clip_ids, [], captions)
         if not packed and not curated:
             self._missing.append(f"data {data_id} of checkpoint {checkpoint_id}")
-        return Training(checkpoint, self._runs(checkpoint), curated, packed, sequences, data)
+        captioners = tuple(self._captioner(one) for one in sorted({row["captioner_id"] for row in captions}))
+        return Training(checkpoint, self._runs(checkpoint), curated, packed, sequences, data, captioners)
+
+    def _captions(self, wanted: Mapping[str, set[str]], *, every_window: bool = False) -> tuple[Row, ...]:
+        """Captioner ids, each with the clips whose captions by it were learnt -> those captions, and the moments whose
+        frames were shown for each. Documents have the caption of a clip's first window.
+        """
+        rows = self._lake.read_where(CAPTIONS, "captioner_id", sorted(wanted), _CAPTION_COLUMNS).to_pylist()
+        found = [row for row in rows if row["clip_id"] in wanted[row["captioner_id"]] and row["problem"] is None]
+        if not every_window:
+            found = [row for row in found if row["window"] == 0]
+            lost = {(who, clip) for who, clips in wanted.items() for clip in clips}
+            lost -= {(row["captioner_id"], row["clip_id"]) for row in found}
+            self._missing += [f"caption of clip {clip} by {who}" for who, clip in sorted(lost)]
+        for row in found:
+            if row["num_frames"] is not None:
+                start_s, end_s = row["window_start_ms"] / 1000, row["window_end_ms"] / 1000
+                row["frame_ms"] = [round(1000 * at) for at in moments(start_s, end_s, None, row["num_frames"])]
+        return tuple(sorted(found, key=lambda row: (row["clip_id"], row["window"], row["captioner_id"])))
+
+    def _captioner(self, captioner_id: str) -> Captioner:
+        row = self._one(CAPTIONERS, "captioner_id", captioner_id)
+        if row is None:
+            return Captioner({"captioner_id": captioner_id}, None)
+        captioner = {
+            name: json.loads(value) if name in _JSON_COLUMNS and value else value for name, value in row.items()
+        }
+        trained = self._lake.read_where(CHECKPOINTS, "uri", [row["model"]], ["checkpoint_id"])[
+            "checkpoint_id"
+        ].to_pylist()
+        return Captioner(captioner, self._training(trained[0]) if trained else None)
 
     def _runs(self, checkpoint: Row) -> tuple[Row, ...]:
         """The runs of a training: the one that finished it, and those it was resumed from."""
@@ -167,7 +215,7 @@ class _Tracer:
         self._missing += [f"run {one}" for one in sorted(ids - set(found))]
         return tuple(found.values())
 
-    def _data(self, clip_ids: Iterable[str], text_ids: Iterable[str]) -> Data:
+    def _data(self, clip_ids: Iterable[str], text_ids: Iterable[str], captions: tuple[Row, ...] = ()) -> Data:
         clips = {row["clip_id"]: row for row in self._all_of(CLIPS, "clip_id", clip_ids, _CLIP_COLUMNS)}
         media_ids = {row["media_id"] for row in clips.values()}
         media = {
@@ -181,7 +229,7 @@ class _Tracer:
             row["text_id"]: row
             for row in self._all_of(TEXTS, "text_id", text_ids, ["text_id", "uri", "row", "licence"])
         }
-        return Data(_in_order(clips), _in_order(media), _in_order(texts))
+        return Data(_in_order(clips), _in_order(media), _in_order(texts), captions)
 
     def _all_of(self, table: Table, column: str, wanted: Iterable[str], columns: Sequence[str]) -> list[Row]:
         """The rows of some ids; ids without a row are missing."""
@@ -208,6 +256,20 @@ class _Tracer:
 _CLIP_COLUMNS = ["clip_id", "media_id", "kind", "start_ms", "end_ms"]
 _MEDIA_COLUMNS = ["media_id", "digest", "kind"]
 _LOCATION_COLUMNS = ["uri", "licence", "source", "manifest"]
+_CAPTION_COLUMNS = [
+    "clip_id", "window", "captioner_id", "text", "problem", "window_start_ms", "window_end_ms", "num_frames",
+]  # fmt: skip
+_JSON_COLUMNS = ("prompt", "sampling", "windowing", "checks")
+
+
+def _packed_captions(sequences: Sequence[Row]) -> dict[str, set[str]]:
+    """Captioner id -> the clips whose documents have a caption by it."""
+    found: dict[str, set[str]] = {}
+    for row in sequences:
+        for segment, captioner_id in zip(row["segments"], row["captioner_ids"] or [], strict=False):
+            if captioner_id is not None:
+                found.setdefault(captioner_id, set()).add(segment["item_id"])
+    return found
 
 
 def _all_but(table: Table, *names: str) -> list[str]:
@@ -256,7 +318,30 @@ def _training_lines(training: Training) -> Lines:
         lines.append((0, f"sequence set {row['name']}  {row['seqset_id']}  {counts}"))
     for row in training.curated_sets:
         lines.append((0, f"curated set {row['name']}  {row['curated_id']}  {row['num_clips']} clips"))
+    for captioner in training.captioners:
+        lines += _captioner_lines(captioner, training.data)
     return lines + _data_lines(training.data)
+
+
+def _captioner_lines(captioner: Captioner, data: Data) -> Lines:
+    row = captioner.captioner
+    count = sum(caption["captioner_id"] == row["captioner_id"] for caption in data.captions)
+    lines: Lines = [(0, f"captioner {row['captioner_id']}  {count} captions  {row.get('model', '')}")]
+    if row.get("prompt_id"):
+        asked = row["prompt"]
+        lines.append((1, f"prompt {row['prompt_id']}"))
+        lines += [(2, f"{name}: {words.strip()}") for name, words in sorted(asked.items()) if words.strip()]
+    if captioner.training is not None:
+        lines.append((1, f"checkpoint {_checkpoint(captioner.training)}"))
+        lines += [(2 + depth, line) for depth, line in _training_lines(captioner.training)]
+    return lines
+
+
+def _caption_line(caption: Row) -> str:
+    line = f"caption {caption['text']!r}  by {caption['captioner_id']}"
+    if "frame_ms" in caption:
+        line += f", shown its frames at {', '.join(map(str, caption['frame_ms']))} ms"
+    return line
 
 
 def _data_lines(data: Data) -> Lines:
@@ -264,8 +349,12 @@ def _data_lines(data: Data) -> Lines:
     lines: Lines = []
     if data.clips:
         lines.append((0, f"{len(data.clips)} clips of {len(media)} media"))
+    captions: dict[str, list[Row]] = {}
+    for caption in data.captions:
+        captions.setdefault(caption["clip_id"], []).append(caption)
     for clip in data.clips[:NUM_SHOWN]:
         lines.append((1, f"clip {clip['clip_id']}  {clip['kind']}"))
+        lines += [(2, _caption_line(caption)) for caption in captions.get(clip["clip_id"], [])[:NUM_SHOWN]]
         medium = media.get(clip["media_id"])
         lines.append((2, f"medium {clip['media_id']}"))
         for place in medium["locations"][:NUM_SHOWN] if medium else []:

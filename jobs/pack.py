@@ -77,6 +77,7 @@ class _Source:
     codes: bytes = b""
     grid: tuple[int, int, int] = (0, 0, 0)
     fps: float | None = None
+    captioner_id: str | None = None
 
 
 def pack_sets(
@@ -218,7 +219,7 @@ def _tokenizer(lake: Lake, clip_ids: Sequence[str], asked: str | None) -> str:
 
 def _sources(lake: Lake, clip_ids: Sequence[str], tokenizer_id: str, recipe: PackRecipe) -> tuple[list[_Source], int]:
     """Everything to pack in the order of ids, and how many clips lack a caption or tokens."""
-    captions = {row["clip_id"]: row["text"] for row in _best_captions(lake, clip_ids, recipe.captioner)}
+    captions = {row["clip_id"]: row for row in _best_captions(lake, clip_ids, recipe.captioner)}
     wanted = set(clip_ids)
     sources: list[_Source] = []
     columns = ["clip_id", "tokenizer_id", "kind", "t", "h", "w", "fps", "codes", "crc32"]
@@ -228,9 +229,9 @@ def _sources(lake: Lake, clip_ids: Sequence[str], tokenizer_id: str, recipe: Pac
                 continue
             if zlib.crc32(row["codes"]) != row["crc32"]:
                 raise SchemaError(f"vision tokens of {row['clip_id']} do not match their checksum; the file is damaged")
-            grid = (row["t"], row["h"], row["w"])
+            said, grid = captions[row["clip_id"]], (row["t"], row["h"], row["w"])
             sources.append(
-                _Source(row["kind"], row["clip_id"], captions[row["clip_id"]], row["codes"], grid, row["fps"])
+                _Source(row["kind"], row["clip_id"], said["text"], row["codes"], grid, row["fps"], said["captioner_id"])
             )
     num_without = len(wanted) - len(sources)
     if recipe.include_texts:
@@ -286,11 +287,14 @@ def _documents(
 ) -> tuple[list[PackedDocument], list[tuple[_Source, int]]]:
     documents, too_long = [], []
     for source in sources:
-        tokens = write_document(_document(source, recipe), vocabulary, text)
+        document = _document(source, recipe)
+        tokens = write_document(document, vocabulary, text)
         if len(tokens) > recipe.context_len:
             too_long.append((source, len(tokens)))
         else:
-            documents.append(PackedDocument(source.kind, source.item_id, tokens))
+            has_caption = isinstance(document, VisionDocument) and bool(document.caption)
+            captioner_id = source.captioner_id if has_caption else None
+            documents.append(PackedDocument(source.kind, source.item_id, tokens, captioner_id))
     return documents, too_long
 
 

@@ -18,11 +18,12 @@ Tokens = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True)
 class PackedDocument:
-    """A document as tokens, with the id of what it was made from: a clip or a text."""
+    """A document as tokens, with the id of what it was made from, a clip or a text, and whose caption it has."""
 
     kind: Literal["image", "video", "text"]
     item_id: str
     tokens: Tokens
+    captioner_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,4 +81,5 @@ def _sequence_row(row: PackedRow, index: int, seqset_id: str) -> dict[str, objec
         "num_tokens": row.num_tokens,
         "segments": segments,
         "crc32": zlib.crc32(tokens),
+        "captioner_ids": [document.captioner_id for document in row.documents],
     }

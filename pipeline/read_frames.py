@@ -46,7 +46,7 @@ def read_frames(
         if fps is None and num_frames is None:
             frames = [_finished(frame.bgr(), size) for frame in frames_within(reader, start_s, end_s)]
         else:
-            frames = list(_frames_at(reader, _targets(start_s, end_s, fps, num_frames), start_s, end_s, size))
+            frames = list(_frames_at(reader, moments(start_s, end_s, fps, num_frames), start_s, end_s, size))
     if not frames:
         raise RowError("DecodeFailed", f"{path.name}: no frame between {start_ms} and {end_ms} ms")
     return np.stack(frames)
@@ -62,8 +62,8 @@ def frames_within(reader: VideoReader, start_s: float, end_s: float) -> Iterator
             yield frame
 
 
-def _targets(start_s: float, end_s: float, fps: float | None, num_frames: int | None) -> list[float]:
-    """Moments, in order, whose pictures are wanted. An even spread ends at the span's very end: its last frame."""
+def moments(start_s: float, end_s: float, fps: float | None, num_frames: int | None) -> list[float]:
+    """The seconds, in order, whose pictures are read of a span. An even spread ends at the span's very end: its last frame."""
     if fps is not None:
         count = max(1, int(np.ceil((end_s - start_s - ROUNDING_S) * fps)))
         return [start_s + index / fps for index in range(count)]

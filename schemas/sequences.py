@@ -27,6 +27,13 @@ SEQUENCES = Table(
             "segments", pa.list_(pa.field("element", SEGMENT, nullable=False)), "the documents of the row, in order"
         ),
         Column("crc32", pa.int64(), "CRC-32 of `tokens`"),
+        Column(
+            "captioner_ids",
+            pa.list_(pa.string()),
+            "whose caption each document has, in order; null for texts and documents without a caption",
+            nullable=True,
+            provenance=True,
+        ),
         RUN_ID,
         WRITTEN_AT,
     ),

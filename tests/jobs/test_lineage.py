@@ -10,6 +10,7 @@ from jobs.curate import curate, set_row
 from jobs.lineage import print_trace, trace
 from jobs.run import recorded
 from pipeline.rules import Bounds, CurateRecipe
+from schemas.captions import CAPTIONERS, CAPTIONS
 from schemas.catalog import Lake
 from schemas.checkpoints import CHECKPOINTS
 from schemas.errors import ConfigError
@@ -25,21 +26,40 @@ NUM = 12
 ALL = CurateRecipe(resolution=Bounds(low=1))
 
 
-def checkpoint(lake: Lake, name: str, objective: str, data_id: str, *, killed_first: bool = False) -> str:
+def checkpoint(
+    lake: Lake, name: str, objective: str, data_id: str, *, killed_first: bool = False, recipe: str = "{}"
+) -> str:
     """A training of its own, in a run of its own; with `killed_first` one that broke off and was resumed."""
     training = {"training_id": f"training-{name}"}
     if killed_first:
         with pytest.raises(KeyboardInterrupt), recorded(lake, "train", {}, training):
             raise KeyboardInterrupt
     with recorded(lake, "train", {}, training) as run:
-        row = {"checkpoint_id": name, "objective": objective, "recipe": "{}", "data_id": data_id, "data_sha256": "x"}
+        row = {"checkpoint_id": name, "objective": objective, "recipe": recipe, "data_id": data_id, "data_sha256": "x"}
         lake.append(
             CHECKPOINTS, [{**row, **training, "step": 10, "losses": "[]", "uri": f"/models/{name}"}], run.run_id
         )
     return run.run_id
 
 
-def pack(lake: Lake, name: str, set_name: str, clips: list[str], texts: list[str]) -> str:
+def caption(lake: Lake, clip: str, captioner_id: str, **more: object) -> None:
+    row = {
+        "clip_id": clip,
+        "window": 0,
+        "captioner_id": captioner_id,
+        "text": f"{clip} by {captioner_id}",
+        "engine": "x",
+    }
+    lake.append(CAPTIONS, [{**row, "window_start_ms": 0, "window_end_ms": 2000, **more}], "caption")
+
+
+def captioner(lake: Lake, captioner_id: str, model: str, prompt: str) -> None:
+    row = {"captioner_id": captioner_id, "model": model, "model_digest": model, "prompt": prompt, "sampling": "[]"}
+    lake.append(CAPTIONERS, [{**row, "prompt_id": "ask-1", "windowing": "{}", "checks": "{}"}], "caption")
+
+
+def pack(lake: Lake, name: str, set_name: str, clips: list[str], texts: list[str], captioned: dict[str, str]) -> str:
+    """Clips without an entry in `captioned` became documents without a caption."""
     seqset_id = f"seqset-{name}"
     items = [("video", clip) for clip in clips] + [("text", text) for text in texts]
     rows = []
@@ -47,7 +67,7 @@ def pack(lake: Lake, name: str, set_name: str, clips: list[str], texts: list[str
         part = items[index : index + 3]
         segments = [{"kind": k, "item_id": i, "offset": n, "length": 1} for n, (k, i) in enumerate(part)]
         row = {"seqset_id": seqset_id, "seq_index": index // 3, "tokens": b"", "num_tokens": len(part), "crc32": 0}
-        rows.append({**row, "segments": segments})
+        rows.append({**row, "segments": segments, "captioner_ids": [captioned.get(i) for _, i in part]})
     lake.append(SEQUENCES, rows, "pack")
     facts = {"tokenizer_id": "tok", "recipe": "{}", "vocabulary": "{}", "text_tokenizer": "{}", "context_len": 8}
     counts = {"num_sequences": len(rows), "num_tokens": len(items), "content_sha256": "x"}
@@ -85,7 +105,18 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Lake:
     curate(made, ALL, "all")
     tokenizer_run = checkpoint(made, "vision", "vision_tokenizer", set_row(made, "all")["curated_id"])
     made.append(TOKENIZERS, [{"tokenizer_id": "tok", "checkpoint_id": "vision", "preparation": "{}", "uri": "/v"}], "t")
-    seqset_id = pack(made, "packed", "kept", expected(range(NUM)), ["seen"])
+    kept = expected(range(NUM))
+    for clip in kept[:-1]:
+        caption(made, clip, "provided")
+    caption(made, kept[0], "named", num_frames=3)  # a first window and a second, of which documents have the first
+    caption(made, kept[0], "named", num_frames=3, window=1)
+    caption(made, kept[1], "named", problem="empty")
+    captioner(made, "provided", "provided", "{}")
+    captioner(made, "named", "/models/namer", json.dumps({"video": "What is it?", "image": "", "system": ""}))
+    examples = json.dumps({"examples": {"captioner": "provided"}})
+    checkpoint(made, "namer", "captioner", set_row(made, "all")["curated_id"], recipe=examples)
+    whose = dict.fromkeys(kept[1:-1], "provided") | {kept[0]: "named"}
+    seqset_id = pack(made, "packed", "kept", kept, ["seen"], whose)
     checkpoint(made, "model", "pretrain", seqset_id, killed_first=True)
     generation(made, "gen-abc1", "model")
     generation(made, "gen-abc2", "model", continued=clip_id(f"{3:016x}", 0, 2000))
@@ -132,6 +163,26 @@ def test_the_vision_tokenizer_has_a_lineage_of_its_own(lake: Lake) -> None:
     assert training.sequences == training.sequence_sets == ()
 
 
+def test_captions_lead_to_their_captioners_with_prompt_and_frames(lake: Lake) -> None:
+    training = trace(lake, "gen-abc1").training
+    assert training is not None
+    kept = expected(range(NUM))
+    assert [(c["clip_id"], c["captioner_id"]) for c in training.data.captions] == [
+        (kept[0], "named"), *((clip, "provided") for clip in kept[1:-1])
+    ]  # fmt: skip
+    assert training.data.captions[0]["frame_ms"] == [0, 1000, 2000]
+    named, provided = training.captioners
+    assert named.captioner["prompt"]["video"] == "What is it?"
+    assert provided.training is None
+    taught = named.training
+    assert taught is not None
+    assert taught.checkpoint["checkpoint_id"] == "namer"
+    assert taught.runs[0]["status"] == "done"
+    assert {c["clip_id"] for c in taught.data.captions} == set(kept[:-1])
+    assert [one.captioner["captioner_id"] for one in taught.captioners] == ["provided"]
+    assert len(taught.data.media) == NUM
+
+
 def test_a_continued_clip_is_part_of_the_lineage(lake: Lake) -> None:
     found = trace(lake, "gen-abc2")
     assert found.context is not None
@@ -174,6 +225,11 @@ def test_printing(lake: Lake, capsys: pytest.CaptureFixture[str]) -> None:
         "vision tokenizer tok",
         "/media/copy.mp4  (CC0)",
         "continues",
+        "captioner named  1 captions  /models/namer",
+        "prompt ask-1",
+        "video: What is it?",
+        "checkpoint namer  captioner, step 10",
+        "by named, shown its frames at 0, 1000, 2000 ms",
     ):
         assert piece in out
     assert f"{len(expected(range(NUM)))} clips of" in out
