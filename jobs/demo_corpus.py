@@ -68,7 +68,7 @@ class CorpusConfig(Config):
     shape_size_px: int = Field(default=512, ge=64, multiple_of=2)
     shape_video_frames: int = Field(default=24, ge=2)
     shape_video_fps: int = Field(default=12, ge=1)
-    num_named_clips: int = Field(default=192, ge=0)
+    num_named_clips: int = Field(default=288, ge=0)
     num_unnamed_clips: int = Field(default=36, ge=0)
     clip_size_px: int = Field(default=256, ge=64, lt=512, multiple_of=2)
     clip_frames: int = Field(default=12, ge=2)
