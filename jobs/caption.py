@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,16 +72,9 @@ def caption(
     digest = model_digest(model, recipe.revision, served=recipe.engine == "endpoint")
     captioner = captioner_row(recipe, prompt_id, prompt, model, digest)
     captioner_id = str(captioner["captioner_id"])
-    stage = Stage(
-        name="caption",
-        stage_id=captioner_id,
-        item_key="window_id",
-        tables=(CAPTIONS,),
-        make_worker=partial(CaptionWorker, make_engine, recipe, captioner_id, prompt_id, prompt),
-        num_gpus=recipe.vllm.tensor_parallel_size if recipe.engine == "vllm" and _has_gpu() else 0.0,
-        concurrency=recipe.concurrency,
-        max_block_items=max(16, recipe.concurrency),
-    )
+    num_gpus = recipe.vllm.tensor_parallel_size if recipe.engine == "vllm" and _has_gpu() else 0
+    make_worker = partial(CaptionWorker, make_engine, recipe, captioner_id, prompt_id, prompt)
+    stage = caption_stage(recipe, captioner_id, make_worker, num_gpus)
     clips = clip_items(lake, set_name)
     if recipe.skip_captioned:
         clips = clips.filter(pc.invert(pc.is_in(clips["clip_id"], value_set=_captioned_by_others(lake, captioner_id))))
@@ -99,6 +93,22 @@ def caption(
     now = before + outcome.num_done
     return CaptionReport(
         set_name, captioner_id, len(clips), len(items), now, outcome.num_done, len(items) - now, outcome.seconds
+    )
+
+
+def caption_stage(
+    recipe: CaptionRecipe, captioner_id: str, make_worker: Callable[[], CaptionWorker], num_gpus: int = 0
+) -> Stage:
+    """The stage of a captioner: windows in, captions out, `recipe.concurrency` of them under way in each worker."""
+    return Stage(
+        name="caption",
+        stage_id=captioner_id,
+        item_key="window_id",
+        tables=(CAPTIONS,),
+        make_worker=make_worker,
+        num_gpus=num_gpus,
+        concurrency=recipe.concurrency,
+        max_block_items=max(16, recipe.concurrency),
     )
 
 

@@ -14,6 +14,7 @@ from schemas.recipe import Config
 
 NGRAM_WORDS = 4
 LEAK_WORDS = 8
+ANY_LANGUAGE = "any"
 # How instruction-tuned models decline. Only the beginning is read: a person in a picture may be sorry too.
 REFUSALS = re.compile(
     r"^\W*(i'?m\s+(really\s+)?sorry\b|i\s+(am\s+)?sorry\b|sorry,|i\s+(can('|no)?t|am\s+(not\s+able|unable)|will\s+not|won'?t)\b"
@@ -31,8 +32,8 @@ class CaptionChecks(Config):
     may_be_truncated: bool = False
     max_repetition: float = Field(default=0.4, ge=0.0, le=1.0)
     """Largest share of 4-grams that stood in the caption before."""
-    language: str | None = "en"
-    """ISO 639-1 code the caption must be in where that can be told; none: any."""
+    language: str = "en"
+    """ISO 639-1 code of the language the caption must be in, where that can be told; or `any`."""
     min_language_probability: float = Field(default=0.9, ge=0.0, le=1.0)
 
 
@@ -49,7 +50,7 @@ def find_problem(text: str, finish_reason: str, prompt: str, checks: CaptionChec
     if CONTROL.search(text) or _recites(text, prompt):
         return "leakage"
     found = language(text, checks.min_language_probability)
-    if checks.language is not None and found is not None and found != checks.language:
+    if checks.language != ANY_LANGUAGE and found is not None and found != checks.language:
         return "language"
     return None
 

@@ -1,6 +1,6 @@
 """A captioning in a process of its own, which commits at every chance, so that a kill finds work done and work undone.
 
-python -m tests.flows.caption_driver LAKE SET KEY=VALUE...
+python -m tests.flows.caption_driver LAKE SET RECIPE KEY=VALUE...
 """
 
 import sys
@@ -14,7 +14,5 @@ from schemas.catalog import Lake
 
 if __name__ == "__main__":
     stage.COMMIT_SECONDS = 0.0
-    report = caption(
-        Lake.open(Path(sys.argv[1])), sys.argv[2], load_named(CaptionRecipe, "caption_endpoint", sys.argv[3:])
-    )
-    print(report.num_new)
+    recipe = load_named(CaptionRecipe, sys.argv[3], sys.argv[4:])
+    print(caption(Lake.open(Path(sys.argv[1])), sys.argv[2], recipe).num_new)

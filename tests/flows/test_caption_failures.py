@@ -121,7 +121,8 @@ def driver(asked: Asked, endpoint: Endpoint, *options: str) -> "subprocess.Popen
         "endpoint.concurrency=4",
         *options,
     ]
-    command = [sys.executable, "-m", "tests.flows.caption_driver", str(asked.lake.folder), "all", *values]
+    command = [sys.executable, "-m", "tests.flows.caption_driver", str(asked.lake.folder), "all"]
+    command += ["caption_endpoint", *values]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -215,14 +216,14 @@ def test_worker_killed(asked: Asked) -> None:
     with serving(say_colour) as endpoint:
         process = driver(asked, endpoint)
         wait_for(lambda: len(endpoint.requests) > 8)
-        (worker,) = _workers_of(process.pid)
+        (worker,) = workers_of(process.pid)
         os.kill(worker, signal.SIGKILL)
         finish(process)
     assert asked.levels() == list(range(NUM_IMAGES))
     assert len(asked.rows(ATTEMPTS)) == 0
 
 
-def _workers_of(driver_pid: int) -> list[int]:
+def workers_of(driver_pid: int) -> list[int]:
     """The Ray actors of a driver that hold a captioning worker."""
     import psutil
 

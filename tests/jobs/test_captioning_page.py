@@ -31,14 +31,8 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Lake:
     curate(made, CurateRecipe(resolution=Bounds(low=1)), "all")
     clips = sorted(made.read(CLIPS, ["clip_id"])["clip_id"].to_pylist())
     for who in ("good", "late"):
-        row = {
-            "captioner_id": who,
-            "model": f"/models/{who}",
-            "model_digest": who,
-            "prompt_id": "ask-1",
-            "prompt": "{}",
-        }
-        made.append(CAPTIONERS, [{**row, "sampling": "[]", "windowing": "{}", "checks": "{}"}], "r")
+        says = {"captioner_id": who, "model": f"/models/{who}", "model_digest": who, "prompt_id": "ask-1"}
+        made.append(CAPTIONERS, [{**says, "prompt": "{}", "sampling": "[]", "windowing": "{}", "checks": "{}"}], "r")
     span = {"window": 0, "window_start_ms": 0, "window_end_ms": 1, "engine": "vllm", "text": "words"}
     for clip, who, problem in [
         *((c, "good", None) for c in clips[:3]),
@@ -49,7 +43,13 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Lake:
     for attempt, (clip, who, reason) in enumerate(
         [(clips[5], "good", "Timeout"), (clips[5], "good", "EngineRefused"), (clips[4], "late", "Timeout")]
     ):
-        row = {"stage": "caption", "stage_id": who, "item_id": f"{clip}#0", "attempt": attempt, "error_class": reason}
+        row: dict[str, object] = {
+            "stage": "caption",
+            "stage_id": who,
+            "item_id": f"{clip}#0",
+            "attempt": attempt,
+            "error_class": reason,
+        }
         made.append(ATTEMPTS, [{**row, "message": "", "terminal": True, "host": "here"}], "r")
     run = {"run_id": "run-1", "job": "caption", "recipe": "{}", "code_version": "1", "environment": "{}"}
     outcome = {"prompt_tokens": 300, "output_tokens": 60, "stage_seconds": 2.0}

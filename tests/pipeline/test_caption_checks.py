@@ -62,7 +62,7 @@ def test_a_cut_caption_is_truncated_and_a_loop_that_was_cut_is_a_loop() -> None:
 def test_the_language_asked_for_is_a_choice() -> None:
     german = "Ein Mann geht am Strand entlang und schaut aufs Meer hinaus."
     assert problem(german, language="de") is None
-    assert problem(german, language=None) is None
+    assert problem(german, language="any") is None
     assert problem(GOOD, language="de") == "language"
     assert language("a blue triangle", 0.9) is None  # three words tell nothing, and fail nothing
 
