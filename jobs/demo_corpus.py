@@ -72,6 +72,7 @@ class CorpusConfig(Config):
     num_unnamed_clips: int = Field(default=36, ge=0)
     clip_size_px: int = Field(default=256, ge=64, lt=512, multiple_of=2)
     clip_frames: int = Field(default=12, ge=2)
+    clip_fps: int = Field(default=24, ge=1)
     num_pans: int = Field(default=4, ge=0)
     num_zooms: int = Field(default=2, ge=0)
     num_cut_videos: int = Field(default=3, ge=0)
@@ -238,7 +239,7 @@ def _plan_shapes(seed: int, config: CorpusConfig) -> Iterator[PlannedFile]:
             yield PlannedFile(truth.path, partial(_shape_video, scene, config), truth.model_copy(update=length))
         else:
             fate = {"outcome": "rejected", "rule": "resolution", "num_frames": config.clip_frames}
-            fate["fps"] = config.shape_video_fps
+            fate["fps"] = config.clip_fps
             yield PlannedFile(truth.path, partial(_shape_clip, scene, config), truth.model_copy(update=fate))
     manifest = "".join(json.dumps(line) + "\n" for line in lines).encode()
     yield PlannedFile("shapes/manifest.jsonl", lambda: manifest)
@@ -255,9 +256,8 @@ def _shape_video(scene: shapes.ShapeScene, config: CorpusConfig) -> bytes:
 
 def _shape_clip(scene: shapes.ShapeScene, config: CorpusConfig) -> bytes:
     """As far as the longer videos go, in as much less time."""
-    fps = config.shape_video_fps
-    slow = fps * config.clip_frames / config.shape_video_frames
-    return _encode_video(shapes.render_video(scene, config.clip_frames, slow, config.clip_size_px), fps)
+    slow = config.shape_video_fps * config.clip_frames / config.shape_video_frames
+    return _encode_video(shapes.render_video(scene, config.clip_frames, slow, config.clip_size_px), config.clip_fps)
 
 
 # ---------------------------------------------------------------------------------------------------------- photos
