@@ -16,6 +16,7 @@ from pydantic import Field
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from pipeline.caption_engine import Answer, EventLoop, Question, Sampling, message_parts, png_url
+from pipeline.list_sources import readable_text
 from schemas.errors import ConfigError, RowError, TransientError
 from schemas.recipe import Config
 
@@ -23,6 +24,8 @@ WORTH_RETRYING = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 SHOWN_CHARS = 300
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
+MAX_BODY = 8 << 20
+MAX_TOKENS = 1 << 31
 
 
 class EndpointConfig(Config):
@@ -92,8 +95,7 @@ class EndpointEngine:
             try:
                 # A limit over the whole exchange: an endpoint that sends a byte now and then hangs too.
                 async with asyncio.timeout(self._config.timeout_s):
-                    url = f"{self._config.url}/chat/completions"
-                    response = await self._client.post(url, content=body, headers={"content-type": "application/json"})
+                    response = await self._exchanged(body)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 await self._wait_for_endpoint(error)
                 continue
@@ -104,6 +106,19 @@ class EndpointEngine:
                 raise _RetryableError("EndpointFailed", f"{type(error).__name__}: {error}") from None
             self._unreachable_since = None
             return _checked(response)
+
+    async def _exchanged(self, body: bytes) -> httpx.Response:
+        """A response with its body, of which no more is read than an answer can have."""
+        url = f"{self._config.url}/chat/completions"
+        headers = {"content-type": "application/json", "accept-encoding": "identity"}
+        async with self._client.stream("POST", url, content=body, headers=headers) as response:
+            parts, size = [], 0
+            async for part in response.aiter_raw():
+                parts.append(part)
+                size += len(part)
+                if size > MAX_BODY:
+                    raise _RetryableError("MalformedAnswer", f"an answer of more than {MAX_BODY} bytes")
+            return httpx.Response(response.status_code, headers=_uncoded(response.headers), content=b"".join(parts))
 
     async def _wait_for_endpoint(self, error: Exception) -> None:
         now = time.monotonic()
@@ -164,6 +179,18 @@ def _sampling_keys(sampling: Sampling, is_vllm: bool) -> dict[str, object]:
     return keys
 
 
+def _uncoded(headers: httpx.Headers) -> dict[str, str]:
+    """Headers without a coding that was not asked for: what is packed stays packed, and is no JSON."""
+    return {name: value for name, value in headers.items() if name not in ("content-encoding", "transfer-encoding")}
+
+
+def _num_tokens(count: object) -> int:
+    found = int(str(count or 0))
+    if not 0 <= found < MAX_TOKENS:
+        raise ValueError(f"usage of {found} tokens")
+    return found
+
+
 def _checked(response: httpx.Response) -> Answer:
     """A response -> its caption, or the exception that says what is wrong with it."""
     if response.status_code != 200:
@@ -178,9 +205,9 @@ def _checked(response: httpx.Response) -> Answer:
         text, reason = choice["message"]["content"], choice.get("finish_reason")
         if not isinstance(text, str):
             raise TypeError(f"content is {type(text).__name__}, not text")
-        tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-        return Answer(text, str(reason or "stop"), *tokens)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        tokens = _num_tokens(usage.get("prompt_tokens")), _num_tokens(usage.get("completion_tokens"))
+        return Answer(readable_text(text), readable_text(str(reason or "stop"))[:SHOWN_CHARS], *tokens)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         said = " ".join(response.text.split())[:SHOWN_CHARS]
         raise _RetryableError("MalformedAnswer", f"{type(error).__name__}: {error} in {said!r}") from None
 

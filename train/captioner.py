@@ -236,7 +236,7 @@ class _Encoder:
         messages: list[dict[str, Any]] = [{"role": "system", "content": self._data.system}] if self._data.system else []
         messages.append({"role": "user", "content": [{"type": example.kind}, {"type": "text", "text": asked}]})
         text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        inputs = dict(self._processor(text=[text], return_tensors="pt", **_pictures(example)))
+        inputs = dict(self._processor(text=[text], return_tensors="pt", **pictures_as_captioned(example)))
         inputs = {name: tensor for name, tensor in inputs.items() if isinstance(tensor, Tensor)}
         answer = tokenizer(example.caption, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         tail = torch.tensor([[*answer, tokenizer.eos_token_id]])
@@ -281,7 +281,7 @@ def _scratch(config: CaptionerTrainingConfig, data: CaptionData, storage: Path) 
     return folder
 
 
-def _pictures(example: CaptionExample) -> dict[str, Any]:
+def pictures_as_captioned(example: CaptionExample) -> dict[str, Any]:
     """Frames as the processor takes them, with the times that captioning gives them: one a second."""
     if example.kind == "image":
         return {"images": [example.frames[0]]}

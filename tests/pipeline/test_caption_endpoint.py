@@ -1,5 +1,6 @@
 """What an endpoint does wrong becomes a reason, and what may pass is tried again."""
 
+import gzip
 import socket
 import threading
 import time
@@ -88,6 +89,11 @@ def test_what_is_refused_is_asked_once(status: int) -> None:
     Reply(200, b"[]"),
     Reply(200, b"null"),
     caption_reply(None),
+    Reply(200, b'{"choices": [{"message": {"content": "A dog."}}], "usage": {"prompt_tokens": -1}}'),
+    Reply(200, b'{"choices": [{"message": {"content": "A dog."}}], "usage": {"prompt_tokens": 4294967296}}'),
+    Reply(200, b"[" * 100_000),
+    Reply(200, b" " * (9 << 20)),
+    Reply(200, gzip.compress(b" " * (64 << 20)), {"content-encoding": "gzip"}),
 ], ids=lambda reply: f"{reply.status}-{reply.body[:12]!r}")  # fmt: skip
 def test_what_may_pass_is_tried_again_until_it_does_or_the_tries_end(bad: Reply) -> None:
     with serving(in_turn(bad, bad, caption_reply("A dog."))) as endpoint:
@@ -98,6 +104,13 @@ def test_what_may_pass_is_tried_again_until_it_does_or_the_tries_end(bad: Reply)
     assert caught.value.reason == (f"Http{bad.status}" if bad.status != 200 else "MalformedAnswer")
     assert not caught.value.terminal
     assert len(endpoint.requests) == 3
+
+
+def test_an_answer_is_text_that_a_table_can_hold() -> None:
+    body = b'{"choices": [{"message": {"content": "a \\ud800 dog\\u0000"}, "finish_reason": "\\udfff"}]}'
+    with serving(in_turn(Reply(body=body))) as endpoint:
+        answer = ask(endpoint)
+    assert (answer.text, answer.finish_reason) == ("a \\ud800 dog\0", "\\udfff")
 
 
 def test_the_endpoint_says_when_to_come_back() -> None:

@@ -12,12 +12,14 @@ import numpy as np
 import psutil
 import pytest
 
+from model.captioner import load_captioner
 from pipeline.caption_endpoint import EndpointConfig, EndpointEngine, served_model
 from pipeline.caption_engine import Question, Sampling
 from pipeline.caption_vllm import VllmConfig, VllmEngine
 from schemas.errors import ConfigError, RowError
 from tests.conftest import CHECKOUT
-from tests.pipeline.small_vllm import engines_of, make_checkpoint, serving
+from tests.pipeline.small_vllm import engines_of, make_checkpoint, make_qwen3_checkpoint, serving
+from train.captioner import CaptionExample, pictures_as_captioned
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 pytest.importorskip("vllm")
@@ -61,6 +63,51 @@ def test_engine_and_server_say_the_same(checkpoint: Path, engine: VllmEngine) ->
     assert outside == inside
     assert len({answer.text for answer in inside}) > len(QUESTIONS) / 2  # they say what they see, not one thing of all
     assert all(answer.output_tokens == 24 and answer.finish_reason == "length" for answer in inside)
+
+
+def test_the_engine_says_what_transformers_says(checkpoint: Path, engine: VllmEngine) -> None:
+    """Of the checkpoint as it is trained: a captioner must be the same when it is served."""
+    assert said_by(engine) == said_by_transformers(checkpoint)
+
+
+def test_qwen3_vl_says_what_transformers_says(checkpoint: Path, tmp_path: Path) -> None:
+    folder = make_qwen3_checkpoint(tmp_path, checkpoint)
+    engine = VllmEngine(str(folder), None, CONFIG)
+    try:
+        said = said_by(engine)
+    finally:
+        engine.close()
+    assert said == said_by_transformers(folder)
+    assert len(set(said)) > len(QUESTIONS) / 2
+
+
+def said_by(engine: VllmEngine) -> list[str]:
+    with ThreadPoolExecutor(len(QUESTIONS)) as threads:
+        answers = list(threads.map(lambda asked: engine.answer(asked, GREEDY), QUESTIONS))
+    return [_whole(answer.text) for answer in answers]
+
+
+def said_by_transformers(folder: Path) -> list[str]:
+    from transformers import AutoProcessor
+
+    processor, network = AutoProcessor.from_pretrained(folder), load_captioner(str(folder)).eval()
+    said = []
+    for asked in QUESTIONS:
+        content = [{"type": asked.kind}, {"type": "text", "text": asked.prompt}]
+        messages = [{"role": "user", "content": content}]
+        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        example = CaptionExample(asked.kind, asked.frames, "")
+        inputs = processor(text=[text], return_tensors="pt", **pictures_as_captioned(example))
+        written = network.generate(**inputs, max_new_tokens=GREEDY.max_tokens, do_sample=False)  # type: ignore[operator]
+        said.append(
+            _whole(processor.tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        )
+    return said
+
+
+def _whole(text: str) -> str:
+    """Without the end that is no whole character: vLLM waits for the rest of it, transformers does not."""
+    return text.rstrip("\ufffd")
 
 
 def test_what_the_model_cannot_take_is_refused_and_harms_nobody(engine: VllmEngine) -> None:
