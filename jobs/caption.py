@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jobs.captioners import captioned_soundly
 from jobs.checkpoints import checkpoint_row
 from jobs.clip_items import clip_items
 from jobs.cluster import ensure_ray, num_cpus
@@ -33,6 +34,10 @@ from schemas.clips import CLIPS
 from schemas.errors import ConfigError
 from schemas.media import LOCATIONS
 
+WINDOW_SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ("window_id", "clip_id", "kind", "uri")]
+    + [(name, pa.int64()) for name in ("window", "window_start_ms", "window_end_ms")]
+)
 _CHECKPOINT = re.compile(r"[0-9a-f]{4,16}")
 
 
@@ -72,12 +77,12 @@ def caption(
     digest = model_digest(model, recipe.revision, served=recipe.engine == "endpoint")
     captioner = captioner_row(recipe, prompt_id, prompt, model, digest)
     captioner_id = str(captioner["captioner_id"])
-    num_gpus = recipe.vllm.tensor_parallel_size if recipe.engine == "vllm" and _has_gpu() else 0
     make_worker = partial(CaptionWorker, make_engine, recipe, captioner_id, prompt_id, prompt)
-    stage = caption_stage(recipe, captioner_id, make_worker, num_gpus)
+    stage = caption_stage(recipe, captioner_id, make_worker)
     clips = clip_items(lake, set_name)
     if recipe.skip_captioned:
-        clips = clips.filter(pc.invert(pc.is_in(clips["clip_id"], value_set=_captioned_by_others(lake, captioner_id))))
+        done_by_others = captioned_soundly(lake, clips, but_for=captioner_id)
+        clips = clips.filter(pc.invert(pc.is_in(clips["clip_id"], value_set=done_by_others)))
     items = _window_items(clips, recipe.windows.max_s)
     done = _done(lake, captioner_id)
     todo = left_to_do(lake, stage, items, done, retry_failed=retry_failed).items
@@ -88,7 +93,9 @@ def caption(
     with recorded(lake, "caption", recipe, inputs) as run, progress("caption") as advance:
         lake.append(CAPTIONERS, [captioner], run.run_id)
         ensure_ray()
-        outcome = run_stage(lake, stage, todo, run.run_id, min(recipe.num_engines, num_cpus()), advance)
+        num_gpus, most = _room(recipe)
+        stage = replace(stage, num_gpus=num_gpus)
+        outcome = run_stage(lake, stage, todo, run.run_id, min(recipe.num_engines, most), advance)
         run.outcome |= _counts(lake, captioner_id, run.run_id, outcome)
     now = before + outcome.num_done
     return CaptionReport(
@@ -96,9 +103,7 @@ def caption(
     )
 
 
-def caption_stage(
-    recipe: CaptionRecipe, captioner_id: str, make_worker: Callable[[], CaptionWorker], num_gpus: int = 0
-) -> Stage:
+def caption_stage(recipe: CaptionRecipe, captioner_id: str, make_worker: Callable[[], CaptionWorker]) -> Stage:
     """The stage of a captioner: windows in, captions out, `recipe.concurrency` of them under way in each worker."""
     return Stage(
         name="caption",
@@ -106,7 +111,6 @@ def caption_stage(
         item_key="window_id",
         tables=(CAPTIONS,),
         make_worker=make_worker,
-        num_gpus=num_gpus,
         concurrency=recipe.concurrency,
         max_block_items=max(16, recipe.concurrency),
     )
@@ -126,12 +130,23 @@ def _engine(lake: Lake, recipe: CaptionRecipe, model: str) -> tuple[str, Any]:
     return folder, partial(VllmEngine, folder, recipe.revision, recipe.vllm)
 
 
-def _has_gpu() -> bool:
-    """Whether the cluster has GPUs for engines to ask for; on a machine without one vLLM runs on CPU."""
+def _room(recipe: CaptionRecipe) -> tuple[int, int]:
+    """GPUs that each worker asks for, and how many workers the connected cluster has room for. Without a GPU vLLM runs on
+    CPU.
+
+    Raises: ConfigError if an engine wants more GPUs than any node has: Ray would wait for one that has them.
+    """
     import ray
 
-    ensure_ray()
-    return bool(ray.cluster_resources().get("GPU", 0))
+    gpus = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
+    wanted = recipe.vllm.tensor_parallel_size
+    if recipe.engine != "vllm" or not any(gpus):
+        return 0, num_cpus()
+    if wanted > max(gpus):
+        raise ConfigError(
+            f"vllm.tensor_parallel_size is {wanted}, and no node of the cluster has more than {max(gpus)} GPUs"
+        )
+    return wanted, min(num_cpus(), sum(found // wanted for found in gpus))
 
 
 def _window_items(clips: pa.Table, max_s: float) -> pa.Table:
@@ -149,14 +164,7 @@ def _window_items(clips: pa.Table, max_s: float) -> pa.Table:
         for clip in clips.to_pylist()
         for window in windows(clip["start_ms"], clip["end_ms"], max_s)
     ]
-    return pa.Table.from_pylist(rows)
-
-
-def _captioned_by_others(lake: Lake, captioner_id: str) -> pa.Array:
-    """The clips that have a sound caption by any other captioner."""
-    rows = lake.read(CAPTIONS, ["clip_id", "captioner_id", "problem"])
-    others = pc.and_(pc.not_equal(rows["captioner_id"], captioner_id), pc.is_null(rows["problem"]))
-    return pc.unique(rows["clip_id"].filter(others))
+    return pa.Table.from_pylist(rows, WINDOW_SCHEMA)
 
 
 def _done(lake: Lake, captioner_id: str) -> pa.Table:
@@ -197,7 +205,9 @@ def _caption_provided(lake: Lake, set_name: str) -> CaptionReport:
             rows.append(caption_row(clip, *found))
     done = _done(lake, PROVIDED_ID)["window_id"].to_pylist()
     new = [row for row in rows if f"{row['clip_id']}#0" not in set(done)]
-    if new:
+    # Lakes of 0.1.0 have captions that came with media, and no row that says what their captioner id stands for.
+    is_named = bool(len(lake.read_where(CAPTIONERS, "captioner_id", [PROVIDED_ID], ["captioner_id"])))
+    if new or (rows and not is_named):
         with recorded(lake, "caption", {"captioner_id": PROVIDED_ID}, {"set": set_name, "todo": len(new)}) as run:
             lake.append(CAPTIONERS, [PROVIDED_CAPTIONER], run.run_id)
             run.outcome["captions"] = lake.append(CAPTIONS, new, run.run_id)

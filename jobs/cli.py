@@ -110,7 +110,8 @@ def caption(
 
     report = run(_open(lake), set_name, load_named(CaptionRecipe, recipe, overrides or ()), retry_failed=retry_failed)
     text = f"{report.num_captioned} of {report.num_windows} windows of {report.num_clips} clips have a caption"
-    _answer(report, json, f"caption {set_name} by {report.captioner_id}: {text}, {report.num_new} of them new")
+    text += f", {report.num_new} of them new, {report.num_failed} have none"
+    _answer(report, json, f"caption {set_name} by {report.captioner_id}: {text}")
     _exit_if(strict and report.num_failed > 0)
 
 

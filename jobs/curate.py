@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from jobs.run import Run, recorded
 from jobs.shipped import load_named
 from pipeline.rules import CurateRecipe, FunnelStep, Rule, explain, first_rejections, funnel, rules_of
+from schemas.captions import CAPTION_SCORES
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
 from schemas.curated import CURATED, CURATED_SETS, RECIPES
@@ -95,7 +96,7 @@ def curate(lake: Lake, recipe: CurateRecipe, name: str | None, *, dry_run: bool 
         check_name("set", name)
     found = _evaluate(lake, recipe)
     kept = found.kept
-    recipe_id = short_hash(found.recipe.model_dump(mode="json", exclude_none=True))  # a rule of tomorrow changes no id
+    recipe_id = short_hash(found.recipe.identity())
     result = CurateResult(
         name=None if dry_run else name,
         curated_id=short_hash([recipe_id, {item.table.name: item.sha256 for item in found.inputs}]),
@@ -226,7 +227,7 @@ def _read_scores(lake: Lake, recipe: CurateRecipe, table: Table, columns: tuple[
 def _read_now(lake: Lake, table: Table, columns: Sequence[str]) -> tuple[pa.Table, int]:
     snapshot_id = lake.snapshot_id(table)
     if snapshot_id is None:
-        raise ConfigError(f"{table.name} is empty: run `outback scan` first")
+        raise ConfigError(f"{table.name} is empty: run `{_filled_by(table)}` first")
     return lake.read(table, columns, at=snapshot_id), snapshot_id
 
 
@@ -255,12 +256,17 @@ def _pin(
     )
 
 
+def _filled_by(table: Table) -> str:
+    return "outback score caption SET" if table is CAPTION_SCORES else "outback scan"
+
+
 def _check_coverage(name: str, item: Input, required: float, place: pa.ChunkedArray) -> int:
     missing = int(place.null_count)
     if missing > (1.0 - required) * len(place):
         raise ConfigError(
             f"{name} has no row of scorer {item.pinned[1]} for {missing} of {len(place)} clips, and the recipe wants "
-            f"coverage={required:g}. Run `outback scan` to complete the scores, or accept it with --set coverage=..."
+            f"coverage={required:g}. Run `{_filled_by(item.table)}` to complete the scores, or accept it with "
+            "--set coverage=..."
         )
     return missing
 

@@ -8,6 +8,7 @@ pixels and for captioners of this lake, whose trainings read curated sets.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
@@ -162,20 +163,23 @@ class _Tracer:
         else:
             clip_ids = {row["clip_id"] for row in self._many(CURATED, "curated_id", data_id, ["clip_id"])}
             learnt = (checkpoint["recipe"].get("examples") or {}).get("captioner")
-            captions = self._captions({learnt: clip_ids}, every_window=True) if learnt else ()
+            captions = self._captions({learnt: clip_ids}, written_before=checkpoint["written_at"]) if learnt else ()
             data = self._data(clip_ids, [], captions)
         if not packed and not curated:
             self._missing.append(f"data {data_id} of checkpoint {checkpoint_id}")
         captioners = tuple(self._captioner(one) for one in sorted({row["captioner_id"] for row in captions}))
         return Training(checkpoint, self._runs(checkpoint), curated, packed, sequences, data, captioners)
 
-    def _captions(self, wanted: Mapping[str, set[str]], *, every_window: bool = False) -> tuple[Row, ...]:
+    def _captions(self, wanted: Mapping[str, set[str]], *, written_before: datetime | None = None) -> tuple[Row, ...]:
         """Captioner ids, each with the clips whose captions by it were learnt -> those captions, and the moments whose
-        frames were shown for each. Documents have the caption of a clip's first window.
+        frames were shown for each. Documents have the caption of a clip's first window; a captioner has learnt those of all
+        windows that were there when it was trained.
         """
         rows = self._lake.read_where(CAPTIONS, "captioner_id", sorted(wanted), _CAPTION_COLUMNS).to_pylist()
         found = [row for row in rows if row["clip_id"] in wanted[row["captioner_id"]] and row["problem"] is None]
-        if not every_window:
+        if written_before is not None:
+            found = [row for row in found if row["written_at"] <= written_before]
+        else:
             found = [row for row in found if row["window"] == 0]
             lost = {(who, clip) for who, clips in wanted.items() for clip in clips}
             lost -= {(row["captioner_id"], row["clip_id"]) for row in found}
@@ -258,6 +262,7 @@ _MEDIA_COLUMNS = ["media_id", "digest", "kind"]
 _LOCATION_COLUMNS = ["uri", "licence", "source", "manifest"]
 _CAPTION_COLUMNS = [
     "clip_id", "window", "captioner_id", "text", "problem", "window_start_ms", "window_end_ms", "num_frames",
+    "written_at",
 ]  # fmt: skip
 _JSON_COLUMNS = ("prompt", "sampling", "windowing", "checks")
 

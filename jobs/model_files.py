@@ -17,7 +17,7 @@ def model_digest(model: str, revision: str | None, *, served: bool = False) -> s
     Raises: ConfigError if the folder holds no model, or neither hub nor cache knows the name.
     """
     folder = Path(model)
-    if folder.is_dir():
+    if folder.is_dir() and (folder.is_absolute() or not served):
         return files_digest(model, "config.json")
     if served:
         return short_hash([model, revision])

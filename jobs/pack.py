@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from jobs.captioners import find_captioner
 from jobs.curate import check_name, read_set
 from jobs.run import recorded
 from model.text_tokenizer import Emu3TextTokenizer, TinyBpe
@@ -47,10 +48,15 @@ class PackRecipe(Config):
     num_codes: int = Field(gt=0)
     null_prompt_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
     captioner: str | None = None
-    """Whose captions: an id or the beginning of one. None: of each clip those of whoever captioned most of them."""
+    """Whose captions: `provided`, an id or the beginning of one. None: of each clip those of whoever captioned most."""
     include_texts: bool = True
     seed: int = 0
     text_tokenizer: TextTokenizerRecipe = TextTokenizerRecipe()
+
+    def identity(self) -> dict[str, object]:
+        """The recipe as sets are known by; without the captioner where none is named, as before there was a choice."""
+        unset = {"captioner"} if self.captioner is None else set()
+        return self.model_dump(mode="json", exclude=unset)
 
 
 @dataclass(frozen=True)
@@ -89,13 +95,15 @@ def pack_sets(
     """
     check_name("sequence set", name)
     set_names = sorted(set(set_names))
+    if recipe.captioner is not None:
+        recipe = recipe.model_copy(update={"captioner": find_captioner(lake, recipe.captioner)})
     clip_ids = sorted({clip for set_name in set_names for clip in read_set(lake, set_name)["clip_id"].to_pylist()})
     tokenizer_id = _tokenizer(lake, clip_ids, tokenizer_id)
     sources, num_without = _sources(lake, clip_ids, tokenizer_id, recipe)
     _check_codes(sources, recipe.num_codes)
     curated_ids = sorted(_curated_id(lake, set_name) for set_name in set_names)
     content = [[s.kind, s.item_id, s.text, zlib.crc32(s.codes), list(s.grid), s.fps] for s in sources]
-    seqset_id = short_hash([curated_ids, tokenizer_id, recipe.canonical_json(), content])
+    seqset_id = short_hash([curated_ids, tokenizer_id, canonical_json(recipe.identity()), content])
     taken = [row for row in lake.read_where(SEQUENCE_SETS, "name", [name]).to_pylist()]
     if taken and taken[0]["seqset_id"] != seqset_id:
         raise ConfigError(
@@ -123,7 +131,7 @@ def pack_sets(
             "seqset_id": seqset_id,
             "curated_ids": curated_ids,
             "tokenizer_id": tokenizer_id,
-            "recipe": recipe.canonical_json(),
+            "recipe": canonical_json(recipe.identity()),
             "vocabulary": vocabulary.to_json(),
             "text_tokenizer": canonical_json(text_tokenizer_json(recipe, text)),
             "context_len": recipe.context_len,
@@ -253,7 +261,7 @@ def _best_captions(lake: Lake, clip_ids: Sequence[str], captioner: str | None) -
         if row["clip_id"] in wanted
         and row["window"] == 0
         and row["problem"] is None
-        and row["captioner_id"].startswith(captioner or "")
+        and captioner in (None, row["captioner_id"])
     ]
     counts: dict[str, int] = {}
     for row in rows:

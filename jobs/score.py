@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jobs.captioners import find_captioner, is_whole
 from jobs.clip_items import clip_items
 from jobs.cluster import ensure_ray, num_cpus
 from jobs.model_files import files_digest
@@ -37,7 +39,7 @@ def score_captions(
     Raises: ConfigError if no or several captioners fit, or there is no CLIP model in the folder.
     """
     clips = clip_items(lake, set_name)
-    captioner_id, windows = _captions(lake, set_name, clips["clip_id"].to_pylist(), captioner)
+    captioner_id, windows = _captions(lake, set_name, clips.to_pylist(), captioner)
     clip_digest = files_digest(config.clip, "open_clip_config.json") if config.clip else None
     identity = {"version": VERSION, "captioner_id": captioner_id, "clip": clip_digest}
     scorer_id = short_hash({**identity, "windows": config.windows.identity() if config.clip else None})
@@ -63,21 +65,27 @@ def score_captions(
 
 
 def _captions(
-    lake: Lake, set_name: str, clip_ids: list[str], captioner: str | None
-) -> tuple[str, dict[str, list[dict[str, object]]]]:
-    """The captioner meant, and its captions by clip, windows in order."""
-    wanted = set(clip_ids)
+    lake: Lake, set_name: str, clips: list[dict[str, Any]], captioner: str | None
+) -> tuple[str, dict[str, list[dict[str, Any]]]]:
+    """The captioner meant, and its captions by clip, windows in order, of clips that it has captioned whole: a score
+    stands for good, and a window that comes later would be missing from it.
+    """
+    held = {clip["clip_id"]: clip for clip in clips}
     columns = ["clip_id", "window", "captioner_id", "text", "problem", "window_start_ms", "window_end_ms"]
-    rows = [row for row in lake.read(CAPTIONS, columns).to_pylist() if row["clip_id"] in wanted]
-    found = sorted({row["captioner_id"] for row in rows if row["captioner_id"].startswith(captioner or "")})
-    if len(found) != 1:
+    rows = [row for row in lake.read(CAPTIONS, columns).to_pylist() if row["clip_id"] in held]
+    if captioner is not None:
+        captioner_id = find_captioner(lake, captioner)
+    else:
         there = sorted({row["captioner_id"] for row in rows})
-        raise ConfigError(
-            f"{len(found)} captioners of {set_name!r} fit, expected one; there are {there}: give --captioner"
-        )
-    windows: dict[str, list[dict[str, object]]] = {}
+        if len(there) != 1:
+            raise ConfigError(f"clips of {set_name!r} have captions by {there}, expected one: give --captioner")
+        (captioner_id,) = there
+    windows: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: int(row["window"])):
-        if row["captioner_id"] == found[0]:
-            span = {name: row[name] for name in ("text", "problem", "window_start_ms", "window_end_ms")}
-            windows.setdefault(str(row["clip_id"]), []).append(span)
-    return found[0], windows
+        if row["captioner_id"] == captioner_id:
+            windows.setdefault(row["clip_id"], []).append(row)
+    whole = {clip: found for clip, found in windows.items() if is_whole(held[clip], found)}
+    if not whole:
+        raise ConfigError(f"{captioner_id} has captioned no clip of {set_name!r} whole; run `outback caption` first")
+    shown = ("text", "problem", "window_start_ms", "window_end_ms")
+    return captioner_id, {clip: [{name: row[name] for name in shown} for row in found] for clip, found in whole.items()}

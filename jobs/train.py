@@ -7,8 +7,9 @@ found again when it is finished; its checkpoint is a row that names the data.
 import hashlib
 import json
 import platform
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -18,7 +19,9 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
+from jobs.captioners import PROVIDED, find_captioner
 from jobs.clip_items import clip_items
 from jobs.cluster import ensure_ray, num_cpus
 from jobs.curate import set_row
@@ -28,7 +31,6 @@ from jobs.progress import Advance, progress
 from jobs.run import recorded
 from jobs.shipped import load_named
 from pipeline.caption_prompts import load_prompt
-from pipeline.caption_provided import CAPTIONER_ID as PROVIDED_ID
 from pipeline.caption_windows import WindowConfig, window_frames
 from pipeline.frame_chunks import ChunkConfig, frame_chunks
 from pipeline.sandbox import Sandbox
@@ -53,10 +55,12 @@ class ExampleConfig(Config):
     prompt when it captions.
     """
 
-    captioner: str = PROVIDED_ID
-    """Whose captions. Those that came with the media, unless named by another captioner's id."""
+    captioner: str = PROVIDED
+    """Whose captions: `provided` for those that came with the media, or the id of a captioner, or a beginning of one."""
     prompt: str = "dense.v1"
     windows: WindowConfig = WindowConfig()
+    max_caption_chars: int = Field(default=8192, ge=1)
+    """Longer captions are left out: one of megabytes would be a batch that no memory holds."""
 
 
 class TrainRecipe(Config):
@@ -128,9 +132,10 @@ def _train_vision_tokenizer(lake: Lake, recipe: TrainRecipe, set_name: str) -> T
 def _train_captioner(lake: Lake, recipe: TrainRecipe, set_name: str) -> TrainReport:
     assert recipe.examples is not None
     assert recipe.captioner is not None
-    config, wanted = recipe.captioner, recipe.examples
-    curated = set_row(lake, set_name)
-    items = _captioned_windows(lake, set_name, wanted.captioner)
+    config, curated = recipe.captioner, set_row(lake, set_name)
+    wanted = recipe.examples.model_copy(update={"captioner": find_captioner(lake, recipe.examples.captioner)})
+    recipe = recipe.model_copy(update={"examples": wanted})  # lineage reads from it whose captions were learnt
+    items = _captioned_windows(lake, set_name, wanted)
     prompt_id, prompt = load_prompt(wanted.prompt)
     said = [[item["clip_id"], item["window_start_ms"], item["window_end_ms"], item["caption"]] for item in items]
     shape = {"windows": wanted.windows.identity(), "prompt": prompt_id, "captions": short_hash(said)}
@@ -156,18 +161,20 @@ def _train_captioner(lake: Lake, recipe: TrainRecipe, set_name: str) -> TrainRep
     return _run(lake, recipe, options, curated["curated_id"], curated["content_sha256"], start)
 
 
-def _captioned_windows(lake: Lake, set_name: str, captioner_id: str) -> list[dict[str, Any]]:
+def _captioned_windows(lake: Lake, set_name: str, wanted: ExampleConfig) -> list[dict[str, Any]]:
     """The windows of a set's clips that this captioner captioned without a problem, each with a place of its medium."""
     clips = {clip["clip_id"]: clip for clip in clip_items(lake, set_name).to_pylist()}
     columns = ["clip_id", "window", "captioner_id", "text", "problem", "window_start_ms", "window_end_ms"]
-    rows = lake.read_where(CAPTIONS, "captioner_id", [captioner_id], columns).to_pylist()
+    rows = lake.read_where(CAPTIONS, "captioner_id", [wanted.captioner], columns).to_pylist()
     found = [
         {**clips[row["clip_id"]], **row, "caption": row["text"]}
         for row in rows
-        if row["clip_id"] in clips and row["problem"] is None
+        if row["clip_id"] in clips and row["problem"] is None and len(row["text"]) <= wanted.max_caption_chars
     ]
     if not found:
-        raise ConfigError(f"no clip of {set_name!r} has a caption by {captioner_id}; run `outback caption {set_name}`")
+        raise ConfigError(
+            f"no clip of {set_name!r} has a sound caption by {wanted.captioner}; run `outback caption {set_name}`"
+        )
     return sorted(found, key=lambda item: (item["clip_id"], item["window"]))
 
 
@@ -181,19 +188,36 @@ def _write_examples(
     advance: Advance,
 ) -> None:
     """The frames and captions of windows as one file in the lake's cache, read from the originals once."""
-    failures: list[dict[str, object]] = []
+    failures: list[tuple[dict[str, Any], RowError]] = []
 
     def examples() -> Iterator[CaptionExample]:
         limits = windows.timeout_s, windows.memory_mb
         for index, (item, frames) in enumerate(_read_all(items, partial(window_frames, config=windows), *limits)):
             if isinstance(frames, RowError):
-                failures.append(_attempt(item, frames, data_id))
+                failures.append(({**item, "clip_id": f"{item['clip_id']}#{item['window']}"}, frames))
             else:
                 yield CaptionExample(item["kind"], frames, item["caption"])
             advance(index + 1, len(items), "windows read")
+        _record(lake, failures, data_id, run_id, len(items))
 
     write_examples(path, examples())
-    lake.append(ATTEMPTS, failures, run_id)
+
+
+def _record(
+    lake: Lake, failures: list[tuple[dict[str, Any], RowError]], data_id: str, run_id: str, num_items: int
+) -> None:
+    """Write down what could not be read.
+
+    Raises: ConfigError if some of it may be readable another time: training data does not depend on when it was read.
+    """
+    lake.append(ATTEMPTS, [_attempt(item, error, data_id) for item, error in failures], run_id)
+    passing = [(item, error) for item, error in failures if not error.terminal]
+    if passing or len(failures) == num_items:
+        item, error = (passing or failures)[0]
+        raise ConfigError(
+            f"{len(failures)} of {num_items} clips or windows of the set cannot be read, such as {item['uri']}: "
+            f"{error.message}. Make them readable and run the same command again"
+        )
 
 
 def _pretrain(lake: Lake, recipe: TrainRecipe, name: str) -> TrainReport:
@@ -278,17 +302,15 @@ def _frame_data(
     path.parent.mkdir(parents=True, exist_ok=True)
     items = clip_items(lake, set_name).to_pylist()
     found: list[Frames] = []
-    failures: list[dict[str, object]] = []
+    failures: list[tuple[dict[str, Any], RowError]] = []
     read = partial(frame_chunks, config=config)
     for index, (item, result) in enumerate(_read_all(items, read, config.timeout_s, config.memory_mb)):
         if isinstance(result, RowError):
-            failures.append(_attempt(item, result, data_id))
+            failures.append((item, result))
         else:
             found.append(result)
         advance(index + 1, len(items), "clips read")
-    lake.append(ATTEMPTS, failures, run_id)
-    if not found:
-        raise ConfigError(f"none of the {len(items)} clips of {set_name!r} gave frames; see `outback show attempts`")
+    _record(lake, failures, data_id, run_id, len(items))
     chunks = np.concatenate(found)
     write_frame_file(path, chunks, len(chunks), (config.side_px, config.side_px))
     return data
@@ -313,7 +335,15 @@ def _read_all(
             idle.put(sandbox)
 
     with ThreadPoolExecutor(workers) as pool:
-        yield from zip(items, pool.map(read, items), strict=True)
+        # A few ahead of whoever takes them, not all: frames of a large set fill the memory.
+        begun: deque[tuple[dict[str, Any], Future[Frames | RowError]]] = deque()
+        for item in items:
+            begun.append((item, pool.submit(read, item)))
+            if len(begun) > 2 * workers:
+                first, result = begun.popleft()
+                yield first, result.result()
+        for first, result in begun:
+            yield first, result.result()
     while not idle.empty():
         idle.get().close()
 

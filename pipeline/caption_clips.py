@@ -1,11 +1,12 @@
 """Captions of windows: frames read ahead by child processes, questions to an engine, and checks of what it says."""
 
 import contextlib
+import json
 import queue
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.caption_checks import CaptionChecks, find_problem, language
 from pipeline.caption_endpoint import EndpointConfig
@@ -45,6 +46,14 @@ class CaptionRecipe(Config):
     readers: int = Field(default=2, ge=1)
     """Processes that read frames for one engine."""
 
+    @model_validator(mode="after")
+    def _is_read(self) -> Self:
+        if self.engine == "provided" and (unread := sorted(self.model_fields_set - {"engine"})):
+            raise ValueError(
+                f"engine 'provided' reads no {', '.join(unread)}: start from caption_vllm or caption_endpoint"
+            )
+        return self
+
     @property
     def concurrency(self) -> int:
         """Windows under way in one worker: what the engine works on, and as many more as its readers hold ready."""
@@ -54,16 +63,19 @@ class CaptionRecipe(Config):
 def captioner_row(
     recipe: CaptionRecipe, prompt_id: str, prompt: Prompt, model: str, model_digest: str
 ) -> dict[str, object]:
-    """What a caption depends on -> the `captioners` row. Engine, sizes and limits are not in it: they change no word."""
+    """What a caption depends on -> the `captioners` row. Engine and limits are not in it: they change no word."""
+    words = {"image": prompt.asked("image"), "video": prompt.asked("video"), "system": prompt.system.strip()}
     content = {
         "model_digest": model_digest,
-        "prompt": canonical_json(prompt.model_dump(mode="json")),
+        "prompt": canonical_json(words),
         "sampling": canonical_json(
             [recipe.sampling.model_dump(mode="json"), recipe.second_sampling.model_dump(mode="json")]
         ),
         "windowing": canonical_json(recipe.windows.identity()),
         "checks": canonical_json({**recipe.checks.model_dump(mode="json"), "version": CHECKS_VERSION}),
     }
+    if recipe.engine == "vllm" and recipe.vllm.dtype != "auto":
+        content["sampling"] = canonical_json({"tries": json.loads(content["sampling"]), "dtype": recipe.vllm.dtype})
     if recipe.engine == "endpoint" and recipe.endpoint.video_as != "video":
         content["windowing"] = canonical_json({**recipe.windows.identity(), "video_as": recipe.endpoint.video_as})
     return {"captioner_id": short_hash(content), "model": model, "prompt_id": prompt_id, **content}

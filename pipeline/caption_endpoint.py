@@ -9,7 +9,7 @@ import json
 import os
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import httpx
 from pydantic import Field
@@ -20,12 +20,14 @@ from pipeline.list_sources import readable_text
 from schemas.errors import ConfigError, RowError, TransientError
 from schemas.recipe import Config
 
-WORTH_RETRYING = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+WORTH_RETRYING = frozenset({408, 409, 425, 429})  # and whatever is the server's own fault
+FOR_GOOD = frozenset({400, 413, 422})  # the question's own fault
 SHOWN_CHARS = 300
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
-MAX_BODY = 8 << 20
-MAX_TOKENS = 1 << 31
+MAX_BODY = 1 << 20  # of an answer: some hundred thousand words
+MAX_TOKENS = 1 << 30  # of an answer: a row sums those of two
+LIST_TIMEOUT_S = 30.0
 
 
 class EndpointConfig(Config):
@@ -41,6 +43,10 @@ class EndpointConfig(Config):
     """How long an endpoint that cannot be reached is waited for."""
     video_as: Literal["video", "images"] = "video"
     """`video`: one part of frames, as vLLM takes them; `images`: one part per frame, for endpoints that know images only."""
+
+
+# What reading JSON of another shape than expected raises.
+_NO_ANSWER = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
 
 
 class _RetryableError(Exception):
@@ -64,7 +70,8 @@ class EndpointEngine:
 
     async def _opened(self) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
         limits = httpx.Limits(max_connections=self._config.concurrency, max_keepalive_connections=None)
-        timeout = httpx.Timeout(self._config.timeout_s)
+        # Shorter to connect than in all: a machine that is off is not reached, and no answer is late.
+        timeout = httpx.Timeout(self._config.timeout_s, connect=min(10.0, self._config.timeout_s / 2))
         client = httpx.AsyncClient(headers=_headers(self._config), limits=limits, timeout=timeout, trust_env=False)
         return client, asyncio.Semaphore(self._config.concurrency)
 
@@ -108,17 +115,10 @@ class EndpointEngine:
             return _checked(response)
 
     async def _exchanged(self, body: bytes) -> httpx.Response:
-        """A response with its body, of which no more is read than an answer can have."""
-        url = f"{self._config.url}/chat/completions"
         headers = {"content-type": "application/json", "accept-encoding": "identity"}
+        url = f"{self._config.url}/chat/completions"
         async with self._client.stream("POST", url, content=body, headers=headers) as response:
-            parts, size = [], 0
-            async for part in response.aiter_raw():
-                parts.append(part)
-                size += len(part)
-                if size > MAX_BODY:
-                    raise _RetryableError("MalformedAnswer", f"an answer of more than {MAX_BODY} bytes")
-            return httpx.Response(response.status_code, headers=_uncoded(response.headers), content=b"".join(parts))
+            return httpx.Response(response.status_code, headers=_plain(response), content=await _bounded(response))
 
     async def _wait_for_endpoint(self, error: Exception) -> None:
         now = time.monotonic()
@@ -150,20 +150,33 @@ def served_model(config: EndpointConfig, model: str) -> ServedModel:
     Raises: ConfigError if the endpoint cannot be reached, refuses the key, or serves something else.
     """
     try:
-        response = httpx.get(f"{config.url}/models", headers=_headers(config), timeout=30.0, trust_env=False)
+        response = asyncio.run(_listed(config))
         response.raise_for_status()
-        served = {str(item["id"]): item for item in response.json()["data"]}
-    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        served = {str(item["id"]): item for item in _json(response)["data"]}
+    except (httpx.HTTPError, httpx.InvalidURL, _RetryableError, TimeoutError, *_NO_ANSWER) as error:
+        said = error.message if isinstance(error, _RetryableError) else f"{type(error).__name__}: {error}"
         raise ConfigError(
-            f"{config.url}/models gives no list of models ({error}); is an endpoint running there?"
-        ) from error
+            f"{config.url}/models gives no list of models ({said}); is an endpoint running there?"
+        ) from None
     if model not in served:
         raise ConfigError(f"{config.url} does not serve {model!r}; it serves {sorted(served)}")
     return ServedModel(str(served[model].get("root") or model), served[model].get("owned_by") == "vllm")
 
 
+async def _listed(config: EndpointConfig) -> httpx.Response:
+    async with asyncio.timeout(LIST_TIMEOUT_S), httpx.AsyncClient(headers=_headers(config), trust_env=False) as client:
+        headers = {"accept-encoding": "identity"}
+        async with client.stream("GET", f"{config.url}/models", headers=headers) as response:
+            content = await _bounded(response)
+            return httpx.Response(
+                response.status_code, headers=_plain(response), content=content, request=response.request
+            )
+
+
 def _headers(config: EndpointConfig) -> dict[str, str]:
-    key = os.environ.get(config.key_variable)
+    key = os.environ.get(config.key_variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{config.key_variable} holds characters that no key has")
     return {"authorization": f"Bearer {key}"} if key else {}
 
 
@@ -179,9 +192,28 @@ def _sampling_keys(sampling: Sampling, is_vllm: bool) -> dict[str, object]:
     return keys
 
 
-def _uncoded(headers: httpx.Headers) -> dict[str, str]:
-    """Headers without a coding that was not asked for: what is packed stays packed, and is no JSON."""
-    return {name: value for name, value in headers.items() if name not in ("content-encoding", "transfer-encoding")}
+async def _bounded(response: httpx.Response) -> bytes:
+    """The body as it came, packed or not, of which no more is read than an answer can have."""
+    parts, size = [], 0
+    async for part in response.aiter_raw():
+        parts.append(part)
+        size += len(part)
+        if size > MAX_BODY:
+            raise _RetryableError("MalformedAnswer", f"an answer of more than {MAX_BODY} bytes")
+    return b"".join(parts)
+
+
+def _plain(response: httpx.Response) -> dict[str, str]:
+    """What is read of the headers. Coding and character set are not: an answer is JSON, which is UTF-8."""
+    return {name: value for name, value in response.headers.items() if name == "retry-after"}
+
+
+def _json(response: httpx.Response) -> Any:
+    return json.loads(response.content)
+
+
+def _said(response: httpx.Response) -> str:
+    return " ".join(response.content[: 16 * SHOWN_CHARS].decode("utf-8", "replace").split())[:SHOWN_CHARS]
 
 
 def _num_tokens(count: object) -> int:
@@ -194,22 +226,21 @@ def _num_tokens(count: object) -> int:
 def _checked(response: httpx.Response) -> Answer:
     """A response -> its caption, or the exception that says what is wrong with it."""
     if response.status_code != 200:
-        said = " ".join(response.text.split())[:SHOWN_CHARS]
-        message = f"status {response.status_code}: {said}"
-        if response.status_code in WORTH_RETRYING:
+        message = f"status {response.status_code}: {_said(response)}"
+        if response.status_code in WORTH_RETRYING or response.status_code >= 500:
             raise _RetryableError(f"Http{response.status_code}", message, _retry_after(response))
-        raise RowError(f"Http{response.status_code}", message, terminal=response.status_code not in (401, 403, 404))
+        raise RowError(f"Http{response.status_code}", message, terminal=response.status_code in FOR_GOOD)
     try:
-        data = response.json()
+        data = _json(response)
         choice, usage = data["choices"][0], data.get("usage") or {}
         text, reason = choice["message"]["content"], choice.get("finish_reason")
         if not isinstance(text, str):
             raise TypeError(f"content is {type(text).__name__}, not text")
         tokens = _num_tokens(usage.get("prompt_tokens")), _num_tokens(usage.get("completion_tokens"))
         return Answer(readable_text(text), readable_text(str(reason or "stop"))[:SHOWN_CHARS], *tokens)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        said = " ".join(response.text.split())[:SHOWN_CHARS]
-        raise _RetryableError("MalformedAnswer", f"{type(error).__name__}: {error} in {said!r}") from None
+    except _NO_ANSWER as error:
+        said = f"{type(error).__name__}: {readable_text(str(error))} in {_said(response)!r}"
+        raise _RetryableError("MalformedAnswer", said) from None
 
 
 def _retry_after(response: httpx.Response) -> float:

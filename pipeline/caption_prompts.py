@@ -37,12 +37,17 @@ def load_prompt(name_or_path: str) -> tuple[str, Prompt]:
 
     Raises: ConfigError if there is none, or it does not validate.
     """
-    path = FOLDER / f"{name_or_path}.toml"
-    if not path.exists():
-        path = Path(name_or_path)
-    if not path.exists():
+    path = next((path for path in (FOLDER / f"{name_or_path}.toml", Path(name_or_path)) if _is_file(path)), None)
+    if path is None:
         known = sorted(file.name.removesuffix(".toml") for file in FOLDER.glob("*.toml"))
         raise ConfigError(f"no prompt {name_or_path!r}: neither a file nor one of the shipped {known}")
     prompt = load_recipe(Prompt, path)
     words = {"image": prompt.asked("image"), "video": prompt.asked("video"), "system": prompt.system.strip()}
     return f"{path.name.removesuffix('.toml')}-{short_hash(words)[:8]}", prompt
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False

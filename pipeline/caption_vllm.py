@@ -8,6 +8,7 @@ import contextlib
 import os
 import threading
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,8 @@ class VllmEngine:
         self._model, self._revision, self._config = model, revision, config
         self._loop = EventLoop("caption-vllm")
         self._reaper = Reaper()
-        self._restart, self._generation, self._alone = threading.Lock(), 0, threading.Lock()
+        self._door, self._generation = _Door(), 0
+        self._broken: ConfigError | None = None
         self._template: dict[tuple[str, str, str], list[int]] = {}
         try:
             self._engine = self._loop.run(self._started())
@@ -88,11 +90,12 @@ class VllmEngine:
         """One caption. See `Engine.answer`."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        generation = self._generation
         try:
-            return self._loop.run(self._answered(question, sampling))
+            with self._door.together():
+                generation = self._generation
+                return self._loop.run(self._answered(question, sampling))
         except EngineDeadError:
-            with self._alone:  # those that were in flight, one at a time
+            with self._door.alone():  # those that were in flight, one at a time, and nobody else meanwhile
                 self._replace(generation)
                 generation = self._generation
                 try:
@@ -100,7 +103,7 @@ class VllmEngine:
                 except EngineDeadError:
                     self._replace(generation)
                     raise RowError(
-                        "EngineCrashed", "the engine died on this question alone, twice; see the worker's log"
+                        "EngineCrashed", "the engine died on this question alone; see the worker's log", terminal=False
                     ) from None
 
     async def _answered(self, question: Question, sampling: Sampling) -> Answer:
@@ -155,19 +158,61 @@ class VllmEngine:
         return self._template[key]
 
     def _replace(self, generation: int) -> None:
-        """Start another engine in place of the one of that generation, unless somebody has."""
-        with self._restart:
-            if self._generation == generation:
-                with contextlib.suppress(Exception):  # it is dead: whatever it says of its end is no news
-                    self._engine.shutdown()
+        """Start another engine in place of the one of that generation, unless somebody has. Called by one thread at a time.
+
+        Raises: ConfigError if it does not start, now or at an earlier try: then no question can be answered.
+        """
+        if self._broken is not None:
+            raise self._broken
+        if self._generation == generation:
+            with contextlib.suppress(Exception):  # it is dead: whatever it says of its end is no news
+                self._engine.shutdown()
+            try:
                 self._engine = self._loop.run(self._started())
-                self._generation += 1
+            except ConfigError as error:
+                self._broken = error
+                raise
+            self._generation += 1
 
     def close(self) -> None:
         """Ends the engine's processes."""
         self._engine.shutdown()
         self._loop.close()
         self._reaper.close()
+
+
+class _Door:
+    """Lets any number of threads in together, or one alone. Who wants to be alone goes first."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside, self._waiting, self._is_taken = 0, 0, False
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_taken and not self._waiting)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._waiting += 1
+            self._changed.wait_for(lambda: not self._is_taken and not self._inside)
+            self._waiting -= 1
+            self._is_taken = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._is_taken = False
+                self._changed.notify_all()
 
 
 def _pictures(question: Question) -> dict[str, Any]:

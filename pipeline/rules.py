@@ -7,7 +7,7 @@ There is one evaluator, over Arrow columns, because engines disagree about exact
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -91,6 +91,14 @@ class CurateRecipe(Config):
     caption_repetition: Bounds | None = None
     caption_problems: Bounds | None = None
     caption_similarity: Bounds | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """The recipe as sets are known by; without the caption rules it does not ask, as before there were any."""
+        rules = [
+            name for name in type(self).model_fields if name.startswith("caption_") and getattr(self, name) is None
+        ]
+        unset: Any = dict.fromkeys(rules, True) | ({} if self.scorers.caption else {"scorers": {"caption"}})
+        return self.model_dump(mode="json", exclude=unset)
 
 
 # The score each section asks about.

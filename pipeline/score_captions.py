@@ -36,7 +36,7 @@ class Similarity(Protocol):
 
 
 class ClipSimilarity:
-    """CLIP from a local folder, on the CPU or on the GPU that the worker was given."""
+    """CLIP from a local folder, on the CPU, or on a GPU that the worker sees."""
 
     def __init__(self, folder: str, num_threads: int) -> None:
         import open_clip
@@ -47,9 +47,12 @@ class ClipSimilarity:
         torch.set_num_threads(num_threads)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         name = f"local-dir:{folder}"
-        self._model, self._transform = open_clip.create_model_from_pretrained(name, device=self._device)
+        try:
+            self._model, self._transform = open_clip.create_model_from_pretrained(name, device=self._device)
+            self._tokenizer = open_clip.get_tokenizer(name)
+        except Exception as error:  # whatever its files make it raise
+            raise ConfigError(f"{folder} holds no CLIP model that loads: {type(error).__name__}: {error}") from error
         self._model.eval()
-        self._tokenizer = open_clip.get_tokenizer(name)
 
     def __call__(self, pictures: Sequence[np.ndarray], texts: Sequence[str]) -> list[float]:
         """Uint8 RGB pictures (H, W, 3) and texts -> cosines."""

@@ -9,6 +9,7 @@ repaired by the rerun, whose rows are matched by key.
 import logging
 import platform
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.list_sources import readable_text
 from schemas.catalog import Lake, WrittenFiles
 from schemas.errors import OutbackError, RowError
 from schemas.runs import ATTEMPTS
@@ -26,7 +28,7 @@ from schemas.table import Table
 COMMIT_SECONDS = 10.0
 COMMIT_FILES = 64
 MAX_ATTEMPTS = 3
-OVERLAPPING_BLOCKS = 2
+OVERLAPPING_BLOCKS = 8  # a block waits for its slowest item: so many may be slow at once before the others wait too
 
 Rows = Mapping[str, Sequence[Mapping[str, object]]]
 """Rows by table name."""
@@ -127,11 +129,13 @@ def run_stage(
     dataset = ray.data.from_arrow(blocks).map_batches(
         _StageActor,
         fn_constructor_args=(lake, stage, run_id),
-        batch_size=None,
+        # Ray wants a number where GPUs are asked for. No block is larger, so none is cut.
+        batch_size=max(map(len, blocks)) if stage.num_gpus else None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
             size=min(num_workers, len(blocks)),
             max_concurrent_calls_per_actor=OVERLAPPING_BLOCKS if stage.concurrency > 1 else 1,
+            enable_true_multi_threading=stage.concurrency > 1,  # without it calls that overlap still run in turn
         ),
         num_cpus=stage.num_cpus,
         num_gpus=stage.num_gpus or None,
@@ -213,6 +217,8 @@ class _StageActor:
             return self.worker.process(item)
         except OutbackError as error:
             return error
+        except Exception as error:  # of one item, whatever it is, and no reason to lose the others
+            return RowError(type(error).__name__, f"{error}\n{traceback.format_exc(limit=-3)}", terminal=False)
 
 
 def attempt_row(stage: Stage, item: Mapping[str, Any], error: RowError) -> dict[str, object]:
@@ -223,7 +229,7 @@ def attempt_row(stage: Stage, item: Mapping[str, Any], error: RowError) -> dict[
         "item_id": item[stage.item_key],
         "attempt": item["attempt"],
         "error_class": error.reason,
-        "message": error.message,
+        "message": readable_text(error.message),
         "terminal": error.terminal,
         "uri": item.get("uri"),
         "host": platform.node(),

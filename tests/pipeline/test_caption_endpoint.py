@@ -83,6 +83,9 @@ def test_what_is_refused_is_asked_once(status: int) -> None:
     Reply(429, b"slow down", {"retry-after": "0.05"}),
     Reply(500, b"<html>oops</html>"),
     Reply(503, b""),
+    Reply(529, b"overloaded"),
+    Reply(500, b"<html>oops</html>", {"content-type": "text/html; charset=hex"}),
+    Reply(200, b"<html>oops</html>", {"content-type": "text/html; charset=rot13"}),
     Reply(200, b"<html><body>A proxy's page</body></html>"),
     Reply(200, b'{"choices": [{"mess'),
     Reply(200, b'{"choices": []}'),
@@ -94,7 +97,7 @@ def test_what_is_refused_is_asked_once(status: int) -> None:
     Reply(200, b"[" * 100_000),
     Reply(200, b" " * (9 << 20)),
     Reply(200, gzip.compress(b" " * (64 << 20)), {"content-encoding": "gzip"}),
-], ids=lambda reply: f"{reply.status}-{reply.body[:12]!r}")  # fmt: skip
+], ids=lambda reply: f"{reply.status}-{reply.body[:12]!r}-{''.join(reply.headers.values())}")  # fmt: skip
 def test_what_may_pass_is_tried_again_until_it_does_or_the_tries_end(bad: Reply) -> None:
     with serving(in_turn(bad, bad, caption_reply("A dog."))) as endpoint:
         assert ask(endpoint, max_tries=3).text == "A dog."
@@ -111,6 +114,46 @@ def test_an_answer_is_text_that_a_table_can_hold() -> None:
     with serving(in_turn(Reply(body=body))) as endpoint:
         answer = ask(endpoint)
     assert (answer.text, answer.finish_reason) == ("a \\ud800 dog\0", "\\udfff")
+
+
+@pytest.mark.parametrize("status", [201, 307, 401, 404])
+def test_what_another_setup_may_better_is_asked_once_and_not_given_up(status: int) -> None:
+    reply = Reply(status, b'"\\ud800"', {"content-type": "text/html; charset=unicode_escape", "location": "/elsewhere"})
+    with serving(in_turn(reply)) as endpoint, pytest.raises(RowError) as caught:
+        ask(endpoint)
+    assert (caught.value.reason, caught.value.terminal) == (f"Http{status}", False)
+    assert caught.value.message.encode()  # a table can hold it
+    assert len(endpoint.requests) == 1
+
+
+def test_a_machine_that_is_off_stops_the_job_and_fails_no_item() -> None:
+    """Its packets are lost, as those of a listener whose queue is full."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
+        address = listener.getsockname()
+        waiting = [socket.socket() for _ in range(4)]
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(address)
+        with pytest.raises(TransientError, match="has not been reachable"):
+            ask(Endpoint(f"http://127.0.0.1:{address[1]}/v1"), timeout_s=1.0, patience_s=0.2)
+        for one in waiting:
+            one.close()
+
+
+@pytest.mark.parametrize("url", ["http://HOST:PORT/v1", "localhost:8000", "http://[::1/v1", ""])
+def test_an_address_that_is_none_is_a_mistake_of_the_caller(url: str) -> None:
+    with pytest.raises(ConfigError, match="is an endpoint running there"):
+        served_model(EndpointConfig(url=url), MODEL)
+
+
+def test_a_key_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_KEY", "secret\n")
+    with serving(in_turn(Reply())) as endpoint:
+        assert served_model(EndpointConfig(url=endpoint.url, key_variable="A_KEY"), MODEL).root == MODEL
+        monkeypatch.setenv("A_KEY", "sec\x01ret")
+        with pytest.raises(ConfigError) as caught:
+            served_model(EndpointConfig(url=endpoint.url, key_variable="A_KEY"), MODEL)
+    assert "ret" not in str(caught.value)
 
 
 def test_the_endpoint_says_when_to_come_back() -> None:

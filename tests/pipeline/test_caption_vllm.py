@@ -1,5 +1,6 @@
 """Real vLLM on a checkpoint made here: in process and behind its server, with pictures and with video."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -14,7 +16,7 @@ import pytest
 
 from model.captioner import load_captioner
 from pipeline.caption_endpoint import EndpointConfig, EndpointEngine, served_model
-from pipeline.caption_engine import Question, Sampling
+from pipeline.caption_engine import Answer, Question, Sampling
 from pipeline.caption_vllm import VllmConfig, VllmEngine
 from schemas.errors import ConfigError, RowError
 from tests.conftest import CHECKOUT
@@ -23,6 +25,7 @@ from train.captioner import CaptionExample, pictures_as_captioned
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 pytest.importorskip("vllm")
+from vllm.v1.engine.exceptions import EngineDeadError  # noqa: E402  # only where vllm is
 
 GREEDY = Sampling(max_tokens=24)
 CONFIG = VllmConfig(max_num_seqs=8, max_model_len=512, cpu_kv_cache_gb=1, dtype="float32", enforce_eager=True)
@@ -129,9 +132,77 @@ def test_an_engine_that_is_killed_is_replaced_and_everybody_gets_an_answer(engin
     with ThreadPoolExecutor(6) as threads:
         answers = [threads.submit(engine.answer, asked, long) for asked in QUESTIONS[:6]]
         time.sleep(0.2)
-        for process in engines_of(os.getpid()):
+        assert not any(answer.done() for answer in answers)
+        killed = engines_of(os.getpid())
+        assert killed
+        for process in killed:
             process.kill()
         assert [answer.result().output_tokens for answer in answers] == [300] * 6
+    assert engines_of(os.getpid())
+    assert not set(engines_of(os.getpid())) & set(killed)
+
+
+class FakeEngine(VllmEngine):
+    """The engine's own handling of deaths, over an engine that dies of some questions and starts so many times."""
+
+    def __init__(self, deadly: set[str], starts: int) -> None:
+        self.deadly, self.starts, self.started = deadly, starts, 0
+        super().__init__("fake", None, CONFIG)
+
+    async def _started(self) -> Any:
+        self.started += 1
+        if self.started > self.starts:
+            raise ConfigError("no memory left")
+        return FakeCore()
+
+    async def _answered(self, question: Question, sampling: Sampling) -> Answer:
+        core = self._engine
+        core.most_at_once = max(core.most_at_once, core.at_once + 1)
+        core.at_once += 1
+        try:
+            for _ in range(3):
+                await asyncio.sleep(0.002)
+                core.is_dead = core.is_dead or question.prompt in self.deadly
+                if core.is_dead:
+                    raise EngineDeadError
+        finally:
+            core.at_once -= 1
+        return Answer(question.prompt, "stop", 1, 1)
+
+
+class FakeCore:
+    def __init__(self) -> None:
+        self.is_dead, self.at_once, self.most_at_once = False, 0, 0
+
+    def shutdown(self) -> None:
+        self.is_dead = True
+
+
+def ask_all(engine: VllmEngine, count: int) -> dict[str, str]:
+    """Number of question -> the reason it failed for."""
+    questions = [Question("image", QUESTIONS[0].frames, str(number)) for number in range(count)]
+    with ThreadPoolExecutor(16) as threads:
+        asked = [threads.submit(engine.answer, question, GREEDY) for question in questions]
+    errors = {question.prompt: one.exception() for question, one in zip(questions, asked, strict=True)}
+    return {prompt: getattr(error, "reason", str(error)) for prompt, error in errors.items() if error is not None}
+
+
+def test_only_questions_that_kill_an_engine_fail() -> None:
+    deadly = {"3", "30", "31", "60"}
+    engine = FakeEngine(deadly, starts=100)
+    assert ask_all(engine, 200) == dict.fromkeys(deadly, "EngineCrashed")
+    assert engine._engine.most_at_once > 1
+    engine.close()
+
+
+def test_an_engine_that_does_not_start_again_is_started_once_for_all() -> None:
+    engine = FakeEngine({"20"}, starts=1)
+    failed = ask_all(engine, 200)
+    assert len(failed) > 100
+    assert set(failed.values()) == {"no memory left"}
+    assert engine.started == 2
+    engine._loop.close()
+    engine._reaper.close()
 
 
 def test_a_worker_that_is_killed_leaves_no_engine(checkpoint: Path) -> None:
