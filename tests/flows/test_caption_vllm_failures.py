@@ -29,7 +29,7 @@ from tests.pipeline.small_vllm import engines_of, make_checkpoint, serving
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 pytest.importorskip("vllm")
 
-NUM_IMAGES = 64
+NUM_IMAGES = 40
 # Every window is one request, whatever random weights say, and takes long enough to be interrupted.
 RECIPE = """
 engine = "{engine}"
@@ -37,7 +37,7 @@ model = "{model}"
 prompt = "{prompt}"
 readers = 1
 [sampling]
-max_tokens = 160
+max_tokens = 80
 [checks]
 language = "any"
 min_chars = 1
@@ -59,7 +59,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lake(tmp_path_factory: pytest.TempPathFactory) -> Lake:
-    """Sixty-four good pictures, one too thin for the model, one larger than its context, and one that will be gone."""
+    """Forty good pictures, one too thin for the model, one larger than its context, and one that will be gone."""
     import ray
 
     folder = tmp_path_factory.mktemp("media")

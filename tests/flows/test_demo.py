@@ -76,13 +76,17 @@ def test_every_generation_parses(undisturbed: dict[str, Any]) -> None:
 
 
 def test_the_second_run_finds_nothing_to_do(undisturbed: dict[str, Any]) -> None:
-    assert undisturbed["again"].count("nothing to do") == 6  # scan, caption, tokenizer, tokenize, pack, language model
+    # Scan, captions that came along, captioner, captions by it, tokenizer, tokenize, pack, language model.
+    assert undisturbed["again"].count("nothing to do") == 8
     assert undisturbed["first"] == undisturbed["second"]
 
 
 def test_lineage_reaches_the_media(undisturbed: dict[str, Any]) -> None:
     lineage = undisturbed["lineage"]
     assert not lineage.missing
+    captioners = {one.captioner["captioner_id"]: one for one in lineage.training.captioners}
+    assert set(captioners) <= {caption["captioner_id"] for caption in lineage.training.data.captions}
+    assert captioners
     places = [place["uri"] for medium in lineage.training.data.media for place in medium["locations"]]
     assert any("/corpus/shapes/" in uri for uri in places)
     assert lineage.tokenizer_training.runs
