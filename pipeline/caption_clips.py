@@ -96,6 +96,7 @@ class CaptionWorker:
         self.readers: queue.Queue[Sandbox] = queue.Queue()
         for _ in range(recipe.readers):
             self.readers.put(Sandbox(recipe.windows.timeout_s, recipe.windows.memory_mb))
+        language("", 1.0)  # its tables load at the first call, which would keep the engine waiting
         self.engine = make_engine()
 
     def process(self, item: Mapping[str, Any]) -> Rows:
