@@ -8,6 +8,7 @@ repaired by the rerun, whose rows are matched by key.
 
 import logging
 import platform
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -178,6 +179,7 @@ class _StageActor:
     def __init__(self, lake: Lake, stage: Stage, run_id: str) -> None:
         self.lake, self.stage, self.run_id = lake, stage, run_id
         self.threads = ThreadPoolExecutor(stage.concurrency) if stage.concurrency > 1 else None
+        self.writing = threading.Lock()  # blocks that overlap share one lake
         self.worker: Worker | OutbackError
         try:
             self.worker = stage.make_worker()
@@ -200,7 +202,10 @@ class _StageActor:
                 for name, found in ended.items():
                     rows[name].extend(found)
         tables = (*self.stage.tables, ATTEMPTS)
-        written = [self.lake.write_files(table, rows[table.name], self.run_id) for table in tables if rows[table.name]]
+        with self.writing:
+            written = [
+                self.lake.write_files(table, rows[table.name], self.run_id) for table in tables if rows[table.name]
+            ]
         return pa.table(
             {
                 "written": pa.array([pickle.dumps(written)], pa.binary()),

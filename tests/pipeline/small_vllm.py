@@ -93,7 +93,7 @@ def serving(checkpoint: Path, port: int | None = None) -> Iterator[str]:
     options += ["--dtype", "float32", "--enforce-eager"]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint), *options]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    log = checkpoint / "server.log"
+    log = checkpoint.with_name("server.log")  # not in the folder: what is in it is the model
     with log.open("w") as output:
         server = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
         try:
