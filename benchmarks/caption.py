@@ -128,16 +128,17 @@ class StubEngine:
 def busy_share(lake: Lake, paths: list[Path], windows_per_s: float) -> tuple[float, float]:
     """An engine of so many windows per second behind the stage -> the share of its time it worked, and frames per second.
 
-    Counted from its first window to the start of its last, so that neither starting up nor running out is in it.
+    Counted from when it had as many windows as slots to the start of its last, so that neither starting up nor running
+    out is in it.
     """
     notes = lake.folder / f"notes-{windows_per_s:.3f}"
     recipe = CaptionRecipe(engine="endpoint", model="stub", readers=NUM_READERS, endpoint={"concurrency": SLOTS})
     items = [_item(paths[index % len(paths)], index) for index in range(WINDOWS_PER_LOAD)]
     run_captions(lake, recipe, partial(StubEngine, SLOTS / windows_per_s, notes), items, f"{windows_per_s:.3f}")
     spans = sorted(tuple(map(float, line.split())) for line in notes.read_text().splitlines())
-    first, last = spans[0][0], spans[-1][0]
-    worked = sum(min(end, last) - start for start, end in spans)
-    return worked / (SLOTS * (last - first)), 12 * (len(spans) - 1) / (last - first)
+    first, last = spans[SLOTS][0], spans[-1][0]
+    worked = sum(max(0.0, min(end, last) - max(start, first)) for start, end in spans)
+    return worked / (SLOTS * (last - first)), 12 * (len(spans) - 1 - SLOTS) / (last - first)
 
 
 def reading() -> None:
