@@ -57,7 +57,7 @@ class CaptionRecipe(Config):
     @property
     def concurrency(self) -> int:
         """Windows under way in one worker: what the engine works on, and as many more as its readers hold ready."""
-        return (self.vllm.max_num_seqs if self.engine == "vllm" else self.endpoint.concurrency) + 2 * self.readers
+        return (self.vllm.max_num_seqs if self.engine == "vllm" else self.endpoint.concurrency) + 4 * self.readers
 
 
 def captioner_row(

@@ -77,6 +77,9 @@ class VllmEngine:
             enforce_eager=config.enforce_eager,
             trust_remote_code=config.trust_remote_code,
             disable_log_stats=True,
+            # Each picture is asked about once, so hashing it and keeping it is for nothing.
+            enable_prefix_caching=False,
+            mm_processor_cache_gb=0,
         )
         try:
             return AsyncLLM.from_engine_args(arguments)
@@ -109,6 +112,7 @@ class VllmEngine:
     async def _answered(self, question: Question, sampling: Sampling) -> Answer:
         from vllm import SamplingParams
         from vllm.exceptions import VLLMValidationError
+        from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineGenerateError
 
         prompt = {"prompt_token_ids": await self._words(question), "multi_modal_data": _pictures(question)}
@@ -118,6 +122,7 @@ class VllmEngine:
             repetition_penalty=sampling.repetition_penalty,
             max_tokens=sampling.max_tokens,
             seed=sampling.seed,
+            output_kind=RequestOutputKind.FINAL_ONLY,  # nobody reads along: a wake-up for each token would be for nothing
         )
         last = None
         try:
