@@ -1,6 +1,6 @@
 """How well captioning feeds an engine: a stub of fixed speed, and a small vLLM engine beside ray.data.llm.
 
-Usage: python benchmarks/caption.py reading | engine
+Usage: python benchmarks/caption.py [reading | engine]
 
 `reading` makes 720p clips and measures how many of their frames per second the stage hands to an engine that takes no time,
 beside a seek of the bare decoder for each frame, and then how busy it keeps an engine of fixed speed, at shares of that rate.
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
 
 from jobs.caption import caption_stage
 from jobs.cluster import ensure_ray
@@ -286,8 +287,6 @@ def _rate(answered: list[float], ended: float) -> float:
 
 def engine() -> None:
     """Print images per second of the three ways, and their ratios."""
-    import ray
-
     ray.init(num_cpus=4, log_to_driver=False)  # two stages of ray.data.llm wait for CPUs that an engine holds
     with tempfile.TemporaryDirectory() as folder:
         model, paths = Path(folder) / "model", make_images(Path(folder))
@@ -324,5 +323,9 @@ def run_captions(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["reading", "engine"])
-    {"reading": reading, "engine": engine}[parser.parse_args().part]()
+    parser.add_argument("part", nargs="?", choices=["reading", "engine"], help="one of the two alone")
+    part = parser.parse_args().part
+    for measure in (reading, engine):
+        if part in (None, measure.__name__):
+            measure()
+            ray.shutdown()
