@@ -30,14 +30,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 pytest.importorskip("vllm")
 
 NUM_IMAGES = 40
-# Every window is one request, whatever random weights say, and takes long enough to be interrupted.
+# Every window is one request, whatever random weights say, and all of them take long enough to be interrupted: some
+# twenty seconds, of which seeing the first captions takes one or two, and on a busy machine more.
 RECIPE = """
 engine = "{engine}"
 model = "{model}"
 prompt = "{prompt}"
 readers = 1
 [sampling]
-max_tokens = 80
+max_tokens = 240
 [checks]
 language = "any"
 min_chars = 1
