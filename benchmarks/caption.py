@@ -39,6 +39,7 @@ from pipeline.caption_windows import WindowConfig, window_frames
 from pipeline.stage import run_stage
 from schemas.captions import CAPTIONS
 from schemas.catalog import Lake
+from schemas.identity import window_id
 
 SIZE = (1280, 720)
 FPS, CLIP_S, NUM_CLIPS = 24, 10, 6
@@ -305,7 +306,13 @@ def engine() -> None:
 
 def _item(path: Path, index: int, kind: str = "video") -> dict[str, Any]:
     span = {"window_start_ms": 0, "window_end_ms": CLIP_S * 1000 if kind == "video" else 0}
-    clip = {"clip_id": f"{index:06}", "window_id": f"{index:06}#0", "window": 0, "kind": kind, "uri": str(path)}
+    clip = {
+        "clip_id": f"{index:06}",
+        "window_id": window_id(f"{index:06}", 0),
+        "window": 0,
+        "kind": kind,
+        "uri": str(path),
+    }
     return {**clip, **span, "attempt": 1}
 
 

@@ -32,6 +32,7 @@ from schemas.captions import CAPTIONERS, CAPTIONS
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
 from schemas.errors import ConfigError
+from schemas.identity import window_id
 from schemas.media import LOCATIONS
 
 WINDOW_SCHEMA = pa.schema(
@@ -96,7 +97,7 @@ def caption(
         num_gpus, most = _room(recipe)
         stage = replace(stage, num_gpus=num_gpus)
         outcome = run_stage(lake, stage, todo, run.run_id, min(recipe.num_engines, most), advance)
-        run.outcome |= _counts(lake, captioner_id, run.run_id, outcome)
+        run.outcome |= _counts(lake, run.run_id, outcome)
     now = before + outcome.num_done
     return CaptionReport(
         set_name, captioner_id, len(clips), len(items), now, outcome.num_done, len(items) - now, outcome.seconds
@@ -153,7 +154,7 @@ def _window_items(clips: pa.Table, max_s: float) -> pa.Table:
     """Clips with places -> one item per window."""
     rows = [
         {
-            "window_id": f"{clip['clip_id']}#{window.index}",
+            "window_id": window_id(clip["clip_id"], window.index),
             "clip_id": clip["clip_id"],
             "kind": clip["kind"],
             "uri": clip["uri"],
@@ -170,15 +171,13 @@ def _window_items(clips: pa.Table, max_s: float) -> pa.Table:
 def _done(lake: Lake, captioner_id: str) -> pa.Table:
     """The windows this captioner has captioned, as `window_id`."""
     found = lake.read_where(CAPTIONS, "captioner_id", [captioner_id], ["clip_id", "window"])
-    ids = [f"{row['clip_id']}#{row['window']}" for row in found.to_pylist()]
+    ids = [window_id(row["clip_id"], row["window"]) for row in found.to_pylist()]
     return pa.table({"window_id": pa.array(ids, pa.string())})
 
 
-def _counts(lake: Lake, captioner_id: str, run_id: str, outcome: StageOutcome) -> dict[str, object]:
+def _counts(lake: Lake, run_id: str, outcome: StageOutcome) -> dict[str, object]:
     """What the run did, with the tokens it cost."""
-    columns = ["prompt_tokens", "output_tokens", "problem", "run_id"]
-    rows = lake.read_where(CAPTIONS, "captioner_id", [captioner_id], columns)
-    rows = rows.filter(pc.equal(rows["run_id"], run_id))
+    rows = lake.read_where(CAPTIONS, "run_id", [run_id], ["prompt_tokens", "output_tokens", "problem"])
     return {
         "done": outcome.num_done,
         "failed": outcome.num_failed,
@@ -203,8 +202,8 @@ def _caption_provided(lake: Lake, set_name: str) -> CaptionReport:
         found = provided_caption(places.get(clip["media_id"], []))
         if found is not None and spans[clip["media_id"]] == 1:
             rows.append(caption_row(clip, *found))
-    done = _done(lake, PROVIDED_ID)["window_id"].to_pylist()
-    new = [row for row in rows if f"{row['clip_id']}#0" not in set(done)]
+    done = set(_done(lake, PROVIDED_ID)["window_id"].to_pylist())
+    new = [row for row in rows if window_id(str(row["clip_id"]), 0) not in done]
     # Lakes of 0.1.0 have captions that came with media, and no row that says what their captioner id stands for.
     is_named = bool(len(lake.read_where(CAPTIONERS, "captioner_id", [PROVIDED_ID], ["captioner_id"])))
     if new or (rows and not is_named):

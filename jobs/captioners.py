@@ -25,6 +25,20 @@ def find_captioner(lake: Lake, name: str) -> str:
     return str(found[0])
 
 
+def whole_captions(
+    clips: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
+    """Clips, and captions of them and others -> (clip, captioner) of clips that one captioned whole, with its captions in
+    the order of their windows.
+    """
+    held = {clip["clip_id"]: clip for clip in clips}
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: int(row["window"])):
+        if row["clip_id"] in held:
+            found.setdefault((row["clip_id"], row["captioner_id"]), []).append(row)
+    return {key: captions for key, captions in found.items() if is_whole(held[key[0]], captions)}
+
+
 def is_whole(clip: Mapping[str, Any], captions: Sequence[Mapping[str, Any]]) -> bool:
     """Whether captions by one captioner, in the order of their windows, reach from a clip's first window to its end."""
     in_order = [caption["window"] for caption in captions] == list(range(len(captions)))
@@ -33,12 +47,7 @@ def is_whole(clip: Mapping[str, Any], captions: Sequence[Mapping[str, Any]]) -> 
 
 def captioned_soundly(lake: Lake, clips: pa.Table, but_for: str) -> pa.Array:
     """The clips of which some captioner other than `but_for` has captioned every window without a problem."""
-    columns = ["clip_id", "window", "captioner_id", "problem", "window_end_ms"]
-    rows = lake.read(CAPTIONS, columns)
+    rows = lake.read(CAPTIONS, ["clip_id", "window", "captioner_id", "problem", "window_end_ms"])
     rows = rows.filter(pc.and_(pc.not_equal(rows["captioner_id"], but_for), pc.is_null(rows["problem"])))
-    windows: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows.sort_by([("clip_id", "ascending"), ("window", "ascending")]).to_pylist():
-        windows.setdefault((row["clip_id"], row["captioner_id"]), []).append(row)
-    held = {clip["clip_id"]: clip for clip in clips.to_pylist()}
-    found = {clip for (clip, _), captions in windows.items() if clip in held and is_whole(held[clip], captions)}
-    return pa.array(sorted(found), pa.string())
+    whole = whole_captions(clips.to_pylist(), rows.to_pylist())
+    return pa.array(sorted({clip for clip, _ in whole}), pa.string())

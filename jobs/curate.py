@@ -96,7 +96,7 @@ def curate(lake: Lake, recipe: CurateRecipe, name: str | None, *, dry_run: bool 
         check_name("set", name)
     found = _evaluate(lake, recipe)
     kept = found.kept
-    recipe_id = short_hash(found.recipe.identity())
+    recipe_id = short_hash(found.recipe.model_dump(mode="json"))
     result = CurateResult(
         name=None if dry_run else name,
         curated_id=short_hash([recipe_id, {item.table.name: item.sha256 for item in found.inputs}]),

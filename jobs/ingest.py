@@ -8,13 +8,11 @@ time say nothing certain of the content, but only media that are new are opened.
 
 import json
 import os
-import platform
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from pipeline.probe_media import MediaLimits, MediumFacts, named_kind, probe
 from pipeline.read_rows import ROW_SUFFIXES
 from pipeline.read_texts import BrokenText, Text, read_texts
 from pipeline.sandbox import Sandbox
+from pipeline.stage import MAX_ATTEMPTS, attempt_row
 from schemas.catalog import Lake
 from schemas.errors import RowError
 from schemas.identity import file_digest, media_id
@@ -36,7 +35,6 @@ from schemas.runs import ATTEMPTS
 from schemas.texts import TEXTS
 
 STAGE = "ingest"
-MAX_ATTEMPTS = 3
 NUM_SHOWN = 20
 MAX_MESSAGE = 200  # characters of a message for people; `attempts` has it whole
 
@@ -269,18 +267,7 @@ class _Ingest:
         self._report.failed[error.reason] = self._report.failed.get(error.reason, 0) + 1
         if len(self._report.failures) < NUM_SHOWN:
             self._report.failures.append(Failure(item_id, error.reason, error.message))
-        return {
-            "stage": STAGE,
-            "stage_id": stage_id or self._stage_id(""),
-            "item_id": item_id,
-            "attempt": attempt,
-            "error_class": error.reason,
-            "message": error.message,
-            "terminal": error.terminal,
-            "uri": uri,
-            "host": platform.node(),
-            "written_at": datetime.now(UTC),
-        }
+        return attempt_row(STAGE, stage_id or self._stage_id(""), item_id, error, attempt=attempt, uri=uri)
 
     def _append_attempts(self, rows: Sequence[Mapping[str, object]]) -> None:
         self._lake.append(ATTEMPTS, rows, self._run_id)

@@ -1,10 +1,10 @@
 """Which model a path or a name stands for: a digest of its files, or of its name and commit on a hub."""
 
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from schemas.errors import ConfigError
+from schemas.identity import file_digest
 from schemas.recipe import short_hash
 
 NOT_THE_MODEL = frozenset({".gitattributes", "README.md", "LICENSE"})
@@ -41,14 +41,9 @@ def files_digest(model: str, needed: str) -> str:
         if path.is_file() and path.name not in NOT_THE_MODEL and not _hidden(path.relative_to(folder))
     )
     with ThreadPoolExecutor(8) as threads:  # hashing large buffers releases the lock of the interpreter
-        digests = threads.map(_sha256, files)
+        digests = threads.map(file_digest, files)
         named = zip((path.relative_to(folder).as_posix() for path in files), digests, strict=True)
         return short_hash(dict(named))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _commit(name: str, revision: str | None) -> str:

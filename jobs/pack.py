@@ -16,12 +16,13 @@ from jobs.curate import check_name, read_set
 from jobs.run import recorded
 from model.text_tokenizer import Emu3TextTokenizer, TinyBpe
 from pipeline.pack_sequences import PackedDocument, pack, sequence_rows
+from pipeline.stage import attempt_row
 from schemas.captions import CAPTIONS
 from schemas.catalog import Lake
 from schemas.curated import CURATED_SETS
 from schemas.document import TextDocument, VisionDocument, write_document
 from schemas.errors import ConfigError, RowError, SchemaError
-from schemas.recipe import Config, canonical_json, short_hash
+from schemas.recipe import Config, canonical_json, is_unset, short_hash
 from schemas.runs import ATTEMPTS
 from schemas.sequences import SEQUENCE_SETS, SEQUENCES
 from schemas.table import content_sha256
@@ -47,16 +48,11 @@ class PackRecipe(Config):
     context_len: int = Field(ge=16)
     num_codes: int = Field(gt=0)
     null_prompt_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
-    captioner: str | None = None
+    captioner: str | None = Field(default=None, exclude_if=is_unset)
     """Whose captions: `provided`, an id or the beginning of one. None: of each clip those of whoever captioned most."""
     include_texts: bool = True
     seed: int = 0
     text_tokenizer: TextTokenizerRecipe = TextTokenizerRecipe()
-
-    def identity(self) -> dict[str, object]:
-        """The recipe as sets are known by; without the captioner where none is named, as before there was a choice."""
-        unset = {"captioner"} if self.captioner is None else set()
-        return self.model_dump(mode="json", exclude=unset)
 
 
 @dataclass(frozen=True)
@@ -103,7 +99,7 @@ def pack_sets(
     _check_codes(sources, recipe.num_codes)
     curated_ids = sorted(_curated_id(lake, set_name) for set_name in set_names)
     content = [[s.kind, s.item_id, s.text, zlib.crc32(s.codes), list(s.grid), s.fps] for s in sources]
-    seqset_id = short_hash([curated_ids, tokenizer_id, canonical_json(recipe.identity()), content])
+    seqset_id = short_hash([curated_ids, tokenizer_id, recipe.canonical_json(), content])
     taken = [row for row in lake.read_where(SEQUENCE_SETS, "name", [name]).to_pylist()]
     if taken and taken[0]["seqset_id"] != seqset_id:
         raise ConfigError(
@@ -131,7 +127,7 @@ def pack_sets(
             "seqset_id": seqset_id,
             "curated_ids": curated_ids,
             "tokenizer_id": tokenizer_id,
-            "recipe": canonical_json(recipe.identity()),
+            "recipe": recipe.canonical_json(),
             "vocabulary": vocabulary.to_json(),
             "text_tokenizer": canonical_json(text_tokenizer_json(recipe, text)),
             "context_len": recipe.context_len,
@@ -318,19 +314,5 @@ def _document(source: _Source, recipe: PackRecipe) -> TextDocument | VisionDocum
 
 
 def _attempt(source: _Source, length: int, seqset_id: str, recipe: PackRecipe) -> dict[str, object]:
-    import platform
-    from datetime import UTC, datetime
-
     error = RowError("DocumentTooLong", f"{length} tokens, and a row holds {recipe.context_len}; whole documents only")
-    return {
-        "stage": "pack",
-        "stage_id": seqset_id,
-        "item_id": source.item_id,
-        "attempt": 1,
-        "error_class": error.reason,
-        "message": error.message,
-        "terminal": True,
-        "uri": None,
-        "host": platform.node(),
-        "written_at": datetime.now(UTC),
-    }
+    return attempt_row("pack", seqset_id, source.item_id, error)

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.captioners import find_captioner, is_whole
+from jobs.captioners import find_captioner, whole_captions
 from jobs.clip_items import clip_items
 from jobs.cluster import ensure_ray, num_cpus
 from jobs.model_files import files_digest
@@ -70,7 +70,7 @@ def _captions(
     """The captioner meant, and its captions by clip, windows in order, of clips that it has captioned whole: a score
     stands for good, and a window that comes later would be missing from it.
     """
-    held = {clip["clip_id"]: clip for clip in clips}
+    held = {clip["clip_id"] for clip in clips}
     columns = ["clip_id", "window", "captioner_id", "text", "problem", "window_start_ms", "window_end_ms"]
     rows = [row for row in lake.read(CAPTIONS, columns).to_pylist() if row["clip_id"] in held]
     if captioner is not None:
@@ -80,12 +80,10 @@ def _captions(
         if len(there) != 1:
             raise ConfigError(f"clips of {set_name!r} have captions by {there}, expected one: give --captioner")
         (captioner_id,) = there
-    windows: dict[str, list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: int(row["window"])):
-        if row["captioner_id"] == captioner_id:
-            windows.setdefault(row["clip_id"], []).append(row)
-    whole = {clip: found for clip, found in windows.items() if is_whole(held[clip], found)}
+    whole = whole_captions(clips, [row for row in rows if row["captioner_id"] == captioner_id])
     if not whole:
         raise ConfigError(f"{captioner_id} has captioned no clip of {set_name!r} whole; run `outback caption` first")
     shown = ("text", "problem", "window_start_ms", "window_end_ms")
-    return captioner_id, {clip: [{name: row[name] for name in shown} for row in found] for clip, found in whole.items()}
+    return captioner_id, {
+        clip: [{name: row[name] for name in shown} for row in found] for (clip, _), found in whole.items()
+    }

@@ -6,15 +6,12 @@ found again when it is finished; its checkpoint is a row that names the data.
 
 import hashlib
 import json
-import platform
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Literal
 
 import numpy as np
@@ -33,11 +30,13 @@ from jobs.shipped import load_named
 from pipeline.caption_prompts import load_prompt
 from pipeline.caption_windows import WindowConfig, window_frames
 from pipeline.frame_chunks import ChunkConfig, frame_chunks
-from pipeline.sandbox import Sandbox
+from pipeline.sandbox import SandboxPool
+from pipeline.stage import attempt_row
 from schemas.captions import CAPTIONS
 from schemas.catalog import Lake
 from schemas.checkpoints import CHECKPOINTS
 from schemas.errors import ConfigError, RowError
+from schemas.identity import window_id
 from schemas.recipe import Config, short_hash
 from schemas.runs import ATTEMPTS
 from schemas.vocabulary import Vocabulary
@@ -149,9 +148,9 @@ def _train_captioner(lake: Lake, recipe: TrainRecipe, set_name: str) -> TrainRep
             path=path,
             data_id=str(curated["curated_id"]),
             sha256=hashlib.sha256(f"{curated['content_sha256']}{data_id}".encode()).hexdigest(),
-            image_prompt=prompt.asked("image"),
-            video_prompt=prompt.asked("video"),
-            system=prompt.system.strip(),
+            image_prompt=prompt.image,
+            video_prompt=prompt.video,
+            system=prompt.system,
         )
         return train_captioner(config, data, _storage(lake, training_id), on_progress=_advance(advance))
 
@@ -194,7 +193,7 @@ def _write_examples(
         limits = windows.timeout_s, windows.memory_mb
         for index, (item, frames) in enumerate(_read_all(items, partial(window_frames, config=windows), *limits)):
             if isinstance(frames, RowError):
-                failures.append(({**item, "clip_id": f"{item['clip_id']}#{item['window']}"}, frames))
+                failures.append(({**item, "clip_id": window_id(item["clip_id"], item["window"])}, frames))
             else:
                 yield CaptionExample(item["kind"], frames, item["caption"])
             advance(index + 1, len(items), "windows read")
@@ -210,7 +209,8 @@ def _record(
 
     Raises: ConfigError if some of it may be readable another time: training data does not depend on when it was read.
     """
-    lake.append(ATTEMPTS, [_attempt(item, error, data_id) for item, error in failures], run_id)
+    rows = [attempt_row("train_frames", data_id, item["clip_id"], error, uri=item["uri"]) for item, error in failures]
+    lake.append(ATTEMPTS, rows, run_id)
     passing = [(item, error) for item, error in failures if not error.terminal]
     if passing or len(failures) == num_items:
         item, error = (passing or failures)[0]
@@ -321,18 +321,13 @@ def _read_all(
 ) -> Iterator[tuple[dict[str, Any], Frames | RowError]]:
     """Every item's frames or its error, in order, by as many child processes as there are CPUs."""
     workers = num_cpus()
-    idle: SimpleQueue[Sandbox] = SimpleQueue()
-    for _ in range(workers):
-        idle.put(Sandbox(timeout_s, memory_mb))
+    sandboxes = SandboxPool(workers, timeout_s, memory_mb)
 
     def read(item: dict[str, Any]) -> Frames | RowError:
-        sandbox = idle.get()
         try:
-            return sandbox.run(read_item, item)
+            return sandboxes.run(read_item, item)
         except RowError as error:
             return error
-        finally:
-            idle.put(sandbox)
 
     with ThreadPoolExecutor(workers) as pool:
         # A few ahead of whoever takes them, not all: frames of a large set fill the memory.
@@ -344,20 +339,4 @@ def _read_all(
                 yield first, result.result()
         for first, result in begun:
             yield first, result.result()
-    while not idle.empty():
-        idle.get().close()
-
-
-def _attempt(item: dict[str, Any], error: RowError, data_id: str) -> dict[str, object]:
-    return {
-        "stage": "train_frames",
-        "stage_id": data_id,
-        "item_id": item["clip_id"],
-        "attempt": 1,
-        "error_class": error.reason,
-        "message": error.message,
-        "terminal": error.terminal,
-        "uri": item["uri"],
-        "host": platform.node(),
-        "written_at": datetime.now(UTC),
-    }
+    sandboxes.close()

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import queue
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self
 
@@ -14,7 +13,7 @@ from pipeline.caption_engine import Answer, Engine, Question, Sampling
 from pipeline.caption_prompts import Prompt
 from pipeline.caption_vllm import VllmConfig
 from pipeline.caption_windows import WindowConfig, window_frames
-from pipeline.sandbox import Sandbox
+from pipeline.sandbox import SandboxPool
 from pipeline.stage import Rows
 from schemas.captions import CAPTIONS
 from schemas.errors import RowError
@@ -64,10 +63,9 @@ def captioner_row(
     recipe: CaptionRecipe, prompt_id: str, prompt: Prompt, model: str, model_digest: str
 ) -> dict[str, object]:
     """What a caption depends on -> the `captioners` row. Engine and limits are not in it: they change no word."""
-    words = {"image": prompt.asked("image"), "video": prompt.asked("video"), "system": prompt.system.strip()}
     content = {
         "model_digest": model_digest,
-        "prompt": canonical_json(words),
+        "prompt": prompt.canonical_json(),
         "sampling": canonical_json(
             [recipe.sampling.model_dump(mode="json"), recipe.second_sampling.model_dump(mode="json")]
         ),
@@ -93,20 +91,14 @@ class CaptionWorker:
         prompt: Prompt,
     ) -> None:
         self.recipe, self.captioner_id, self.prompt_id, self.prompt = recipe, captioner_id, prompt_id, prompt
-        self.readers: queue.Queue[Sandbox] = queue.Queue()
-        for _ in range(recipe.readers):
-            self.readers.put(Sandbox(recipe.windows.timeout_s, recipe.windows.memory_mb))
+        self.readers = SandboxPool(recipe.readers, recipe.windows.timeout_s, recipe.windows.memory_mb)
         language("", 1.0)  # its tables load at the first call, which would keep the engine waiting
         self.engine = make_engine()
 
     def process(self, item: Mapping[str, Any]) -> Rows:
         """One window -> its `captions` row."""
-        reader = self.readers.get()
-        try:
-            frames = reader.run(window_frames, dict(item), self.recipe.windows)
-        finally:
-            self.readers.put(reader)
-        question = Question(item["kind"], frames, self.prompt.asked(item["kind"]), self.prompt.system.strip())
+        frames = self.readers.run(window_frames, dict(item), self.recipe.windows)
+        question = Question(item["kind"], frames, self.prompt.asked(item["kind"]), self.prompt.system)
         return {
             CAPTIONS.name: [{**_window_columns(item), **self._caption(question), "captioner_id": self.captioner_id}]
         }

@@ -1,33 +1,29 @@
 """Prompts for captioners: versioned files, so that a caption can name the very words that asked for it."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints
 
 from schemas.errors import ConfigError
 from schemas.recipe import Config, load_recipe, short_hash
 
 FOLDER = Path(__file__).parent / "prompts"
 Kind = Literal["image", "video"]
+Words = Annotated[str, StringConstraints(strip_whitespace=True)]
+"""Without the blank lines that TOML's quotes leave around them."""
 
 
 class Prompt(Config):
     """What is asked about an image and about a video, and what the system is told before, if anything."""
 
-    image: str = Field(min_length=1)
-    video: str = Field(min_length=1)
-    system: str = ""
-
-    @model_validator(mode="after")
-    def _is_said(self) -> Self:
-        if not self.image.strip() or not self.video.strip():
-            raise ValueError("image and video prompts must say something")
-        return self
+    image: Words = Field(min_length=1)
+    video: Words = Field(min_length=1)
+    system: Words = ""
 
     def asked(self, kind: Kind) -> str:
-        """The words for a kind of clip, without the blank lines that TOML's quotes leave around them."""
-        return (self.image if kind == "image" else self.video).strip()
+        """The words for a kind of clip."""
+        return self.image if kind == "image" else self.video
 
 
 def load_prompt(name_or_path: str) -> tuple[str, Prompt]:
@@ -42,8 +38,7 @@ def load_prompt(name_or_path: str) -> tuple[str, Prompt]:
         known = sorted(file.name.removesuffix(".toml") for file in FOLDER.glob("*.toml"))
         raise ConfigError(f"no prompt {name_or_path!r}: neither a file nor one of the shipped {known}")
     prompt = load_recipe(Prompt, path)
-    words = {"image": prompt.asked("image"), "video": prompt.asked("video"), "system": prompt.system.strip()}
-    return f"{path.name.removesuffix('.toml')}-{short_hash(words)[:8]}", prompt
+    return f"{path.name.removesuffix('.toml')}-{short_hash(prompt.model_dump())[:8]}", prompt
 
 
 def _is_file(path: Path) -> bool:

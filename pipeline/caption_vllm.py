@@ -16,6 +16,7 @@ from pydantic import Field
 
 from pipeline.caption_engine import Answer, EventLoop, Question, Sampling, message_parts, png_url
 from pipeline.reaper import Reaper
+from schemas.captions import frame_times
 from schemas.errors import ConfigError, RowError
 from schemas.recipe import Config
 
@@ -221,11 +222,10 @@ class _Door:
 
 
 def _pictures(question: Question) -> dict[str, Any]:
-    """Frames as vLLM takes them in process, with the times that its server gives frames sent over HTTP: one a second."""
+    """Frames as vLLM takes them in process, with the times that its server gives frames sent over HTTP."""
     if question.kind == "image":
         from PIL import Image
 
         return {"image": [Image.fromarray(question.frames[0])]}
-    count = len(question.frames)
-    times = {"fps": 1.0, "duration": float(count), "total_num_frames": count, "frames_indices": list(range(count))}
+    times = frame_times(len(question.frames))
     return {"video": [(question.frames, {**times, "video_backend": "jpeg_sequence", "do_sample_frames": False})]}

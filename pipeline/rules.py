@@ -7,14 +7,14 @@ There is one evaluator, over Arrow columns, because engines disagree about exact
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import AfterValidator, Field, model_validator
 
 from schemas.captions import CAPTION_SCORES
-from schemas.recipe import Config
+from schemas.recipe import Config, is_unset
 from schemas.scores import MOTION, RESOLUTION, TECHNICAL, TEXT
 from schemas.table import Table
 
@@ -61,7 +61,7 @@ class ScorerPins(Config):
     motion: str | None = None
     text: str | None = None
     technical: str | None = None
-    caption: str | None = None
+    caption: str | None = Field(default=None, exclude_if=is_unset)
 
 
 class CurateRecipe(Config):
@@ -87,18 +87,10 @@ class CurateRecipe(Config):
     colour: Bounds | None = None
     colourfulness: Bounds | None = None
     letterbox: Bounds | None = None
-    caption_words: Bounds | None = None
-    caption_repetition: Bounds | None = None
-    caption_problems: Bounds | None = None
-    caption_similarity: Bounds | None = None
-
-    def identity(self) -> dict[str, Any]:
-        """The recipe as sets are known by; without the caption rules it does not ask, as before there were any."""
-        rules = [
-            name for name in type(self).model_fields if name.startswith("caption_") and getattr(self, name) is None
-        ]
-        unset: Any = dict.fromkeys(rules, True) | ({} if self.scorers.caption else {"scorers": {"caption"}})
-        return self.model_dump(mode="json", exclude=unset)
+    caption_words: Bounds | None = Field(default=None, exclude_if=is_unset)
+    caption_repetition: Bounds | None = Field(default=None, exclude_if=is_unset)
+    caption_problems: Bounds | None = Field(default=None, exclude_if=is_unset)
+    caption_similarity: Bounds | None = Field(default=None, exclude_if=is_unset)
 
 
 # The score each section asks about.

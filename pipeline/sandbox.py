@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import ParamSpec, Self, TypeVar
 
 from schemas.errors import OutbackError, RowError, TransientError
@@ -155,6 +156,30 @@ class Sandbox:
 
     def __reduce__(self) -> tuple[object, ...]:
         return (Sandbox, (self._timeout_s, self._memory_mb))
+
+
+class SandboxPool:
+    """Sandboxes that threads share: each call takes an idle one, or waits for one."""
+
+    def __init__(self, size: int, timeout_s: float, memory_mb: int) -> None:
+        self._idle: SimpleQueue[Sandbox] = SimpleQueue()
+        for _ in range(size):
+            self._idle.put(Sandbox(timeout_s, memory_mb))
+
+    def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """See `Sandbox.run`."""
+        sandbox = self._idle.get()
+        try:
+            return sandbox.run(function, *args, **kwargs)
+        finally:
+            self._idle.put(sandbox)
+
+    def close(self) -> None:
+        """Ends the children that are idle at once. The next call starts another."""
+        for _ in range(self._idle.qsize()):
+            sandbox = self._idle.get()
+            sandbox.close()
+            self._idle.put(sandbox)
 
 
 def serve(channel: Connection) -> None:

@@ -194,7 +194,7 @@ class _StageActor:
         items = batch.to_pylist()
         for item, ended in zip(items, (self.threads.map if self.threads else map)(self._ended, items), strict=True):
             if isinstance(ended, RowError):
-                rows[ATTEMPTS.name].append(attempt_row(self.stage, item, ended))
+                rows[ATTEMPTS.name].append(self._attempt(item, ended))
             elif isinstance(ended, OutbackError):
                 stop = ended
             else:
@@ -215,6 +215,10 @@ class _StageActor:
             }
         )
 
+    def _attempt(self, item: Mapping[str, Any], error: RowError) -> dict[str, object]:
+        stage, item_id = self.stage, item[self.stage.item_key]
+        return attempt_row(stage.name, stage.stage_id, item_id, error, attempt=item["attempt"], uri=item.get("uri"))
+
     def _ended(self, item: Mapping[str, Any]) -> Rows | OutbackError:
         if isinstance(self.worker, OutbackError):
             return self.worker
@@ -226,17 +230,19 @@ class _StageActor:
             return RowError(type(error).__name__, f"{error}\n{traceback.format_exc(limit=-3)}", terminal=False)
 
 
-def attempt_row(stage: Stage, item: Mapping[str, Any], error: RowError) -> dict[str, object]:
+def attempt_row(
+    stage: str, stage_id: str, item_id: str, error: RowError, *, attempt: int = 1, uri: str | None = None
+) -> dict[str, object]:
     """The `attempts` row of an item that failed."""
     return {
-        "stage": stage.name,
-        "stage_id": stage.stage_id,
-        "item_id": item[stage.item_key],
-        "attempt": item["attempt"],
+        "stage": stage,
+        "stage_id": stage_id,
+        "item_id": item_id,
+        "attempt": attempt,
         "error_class": error.reason,
         "message": readable_text(error.message),
         "terminal": error.terminal,
-        "uri": item.get("uri"),
+        "uri": uri,
         "host": platform.node(),
         "written_at": datetime.now(UTC),
     }

@@ -1,9 +1,20 @@
 """Captions: text about a window of a clip, by a captioner. A second captioner adds rows."""
 
+from typing import Any
+
 import pyarrow as pa
 
 from schemas.columns import CLIP_ID, RUN_ID, SCORER_ID, WRITTEN_AT
 from schemas.table import Column, Table
+
+
+def frame_times(num_frames: int) -> dict[str, Any]:
+    """When a captioner believes that the frames of a clip were taken: one a second, which is what vLLM's server assumes of
+    frames sent to it. In the keys of transformers' and vLLM's video metadata. Training and captioning must agree.
+    """
+    frames = list(range(num_frames))
+    return {"fps": 1.0, "duration": float(num_frames), "total_num_frames": num_frames, "frames_indices": frames}
+
 
 CAPTIONER_ID = Column("captioner_id", pa.string(), "hash of model digest, prompt, sampling, windowing and frames")
 PROMPT_ID = Column(

@@ -23,3 +23,8 @@ def media_id(digest: str) -> str:
 def clip_id(media: str, start_ms: int, end_ms: int) -> str:
     """A span of a medium in milliseconds -> `media_id-start_ms-end_ms`, zero padded so that ids sort by time."""
     return f"{media}-{start_ms:09d}-{end_ms:09d}"
+
+
+def window_id(clip: str, window: int) -> str:
+    """A clip's id and the index of one of its windows -> the id under which a caption of it is asked for."""
+    return f"{clip}#{window}"

@@ -29,6 +29,13 @@ class Config(BaseModel):
         return canonical_json(self.model_dump(mode="json"))
 
 
+def is_unset(value: object) -> bool:
+    """For `Field(exclude_if=is_unset)`: an option that came after ids were given is in none while it says nothing, so that
+    recipes without it keep the ids they had.
+    """
+    return value is None
+
+
 def canonical_json(value: object) -> str:
     """Any JSON-able value -> one line with sorted keys and no spaces, so that equal values have equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

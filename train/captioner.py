@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.captioner import CaptionerSize, load_captioner, write_captioner
+from schemas.captions import frame_times
 from schemas.errors import ConfigError
 from train.batches import Frames, Rows
 from train.files import publish_file, publish_folder, sync
 from train.launch import run_training, training_identity
-from train.loop import TrainingConfig
+from train.loop import TrainingConfig, WeightsOnly
 from train.losses import Term
 from train.progress import OnProgress, TrainingResult
 
@@ -129,7 +130,7 @@ def open_examples(path: Path) -> ExampleFile:
 
 
 @dataclass(frozen=True)
-class CaptionerObjective:
+class CaptionerObjective(WeightsOnly):
     """Examples -> the cross-entropy of their captions."""
 
     config: CaptionerTrainingConfig
@@ -151,13 +152,6 @@ class CaptionerObjective:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
         return model
 
-    def initial_state(self, model: nn.Module) -> dict[str, Tensor]:
-        """Nothing but weights."""
-        return {}
-
-    def start(self, model: nn.Module, device: torch.device) -> None:
-        """Nothing to prepare."""
-
     def loss(
         self, model: nn.Module, rows: Rows, step: int, device: torch.device, state: dict[str, Tensor]
     ) -> dict[str, Term]:
@@ -169,9 +163,6 @@ class CaptionerObjective:
             logits_BLV[:, :-1].float().flatten(0, 1), labels_BL[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
         )
         return {"loss": Term(total, (labels_BL[:, 1:] != IGNORED).sum())}
-
-    def finish_step(self, model: nn.Module, step: int, device: torch.device, state: dict[str, Tensor]) -> None:
-        """Nothing to do."""
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Weights, tokenizer, processor and chat template as the folder that transformers and vLLM load."""
@@ -282,11 +273,10 @@ def _scratch(config: CaptionerTrainingConfig, data: CaptionData, storage: Path) 
 
 
 def pictures_as_captioned(example: CaptionExample) -> dict[str, Any]:
-    """Frames as the processor takes them, with the times that captioning gives them: one a second."""
+    """Frames as the processor takes them, with the times that captioning gives them."""
     if example.kind == "image":
         return {"images": [example.frames[0]]}
-    count = len(example.frames)
-    times = {"fps": 1.0, "duration": float(count), "total_num_frames": count, "frames_indices": list(range(count))}
+    times = frame_times(len(example.frames))
     return {"videos": [example.frames], "video_metadata": [times], "do_sample_frames": False}
 
 

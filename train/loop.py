@@ -103,6 +103,20 @@ class Objective(Protocol):
         ...
 
 
+class WeightsOnly:
+    """What most objectives have in common: nothing but weights is kept, and nothing is done around the steps."""
+
+    def initial_state(self, model: nn.Module) -> dict[str, Tensor]:
+        """Nothing but weights."""
+        return {}
+
+    def start(self, model: nn.Module, device: torch.device) -> None:
+        """Nothing to prepare."""
+
+    def finish_step(self, model: nn.Module, step: int, device: torch.device, state: dict[str, Tensor]) -> None:
+        """Nothing to do."""
+
+
 @dataclass(frozen=True)
 class TrainingFolder:
     """Where a training keeps what. Nothing else writes here."""

@@ -17,7 +17,7 @@ from model.weights import save_language_model
 from schemas.errors import ConfigError
 from train.batches import Rows, SequenceData, SequenceFile, open_sequences, token_batch
 from train.launch import run_training, training_identity
-from train.loop import TrainingConfig
+from train.loop import TrainingConfig, WeightsOnly
 from train.losses import Term, weighted_next_token_loss
 from train.progress import OnProgress, TrainingResult
 
@@ -50,7 +50,7 @@ class PretrainConfig(TrainingConfig):
 
 
 @dataclass(frozen=True)
-class PretrainObjective:
+class PretrainObjective(WeightsOnly):
     """Packed rows -> the weighted next-token loss of a transformer."""
 
     config: PretrainConfig
@@ -67,13 +67,6 @@ class PretrainObjective:
         model.init_weights(vocabulary.pad)
         return model
 
-    def initial_state(self, model: nn.Module) -> dict[str, Tensor]:
-        """Nothing but weights."""
-        return {}
-
-    def start(self, model: nn.Module, device: torch.device) -> None:
-        """Nothing to prepare."""
-
     def loss(
         self, model: nn.Module, rows: Rows, step: int, device: torch.device, state: dict[str, Tensor]
     ) -> dict[str, Term]:
@@ -82,9 +75,6 @@ class PretrainObjective:
         logits_BLV = model(batch.tokens_BL, positions_BL=batch.positions_BL, document_ids_BL=batch.document_ids_BL)
         offset = self.data.vocabulary.vision_offset
         return weighted_next_token_loss(logits_BLV, batch.labels_BL, batch.weights_BL, offset)
-
-    def finish_step(self, model: nn.Module, step: int, device: torch.device, state: dict[str, Tensor]) -> None:
-        """Nothing to do."""
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Weights, vocabulary and text tokenizer as a folder."""
