@@ -32,42 +32,36 @@ class AttentionPlan:
     """Who sees whom, worked out once for all layers.
 
     `spans`: packed documents or unpadded parts, each causal within itself. `mask_B1LS`: True where a query sees a key.
-    Neither: every row is causal from its first token.
+    Neither: every row is causal from its first token. `places_BL`: where a cache takes the new tokens.
     """
 
     spans: tuple[Span, ...] | None = None
     mask_B1LS: Tensor | None = None
     causal: bool = True
+    places_BL: Tensor | None = None
 
 
-def plan_attention(
-    num_new: int,
-    num_past: int,
-    document_ids_BL: Tensor | None,
-    attention_mask_BS: Tensor | None,
-    device: torch.device,
-) -> AttentionPlan:
-    """What the caller knows of the rows -> the cheapest way to attend that is exact.
+def plan_attention(document_ids_BL: Tensor | None, attention_mask_BL: Tensor | None) -> AttentionPlan:
+    """What the caller knows of whole rows -> the cheapest way to attend that is exact.
 
-    Spans run the plain causal kernel on each document: no L x L mask, however long the row, and no work across
-    documents. Only a cached step over padded rows needs a mask, and that has one row for each new token.
+    Spans run the plain causal kernel on each document: no L x L mask, however long the row, and no work across documents.
     """
     if document_ids_BL is not None:
         return AttentionPlan(spans=_document_spans(document_ids_BL))
-    padded = attention_mask_BS is not None and not bool(attention_mask_BS.all())
-    if num_past == 0 and padded:
-        assert attention_mask_BS is not None
-        return AttentionPlan(spans=_unpadded_spans(attention_mask_BS))
-    if num_past == 0:
-        return AttentionPlan()
-    if num_new == 1 and not padded:
-        return AttentionPlan(causal=False)  # one query that sees everything
-    queries = torch.arange(num_past, num_past + num_new, device=device).unsqueeze(1)
-    mask = queries >= torch.arange(num_past + num_new, device=device).unsqueeze(0)
-    mask_B1LS = mask[None, None]
-    if attention_mask_BS is not None:
-        mask_B1LS = mask_B1LS & attention_mask_BS.bool()[:, None, None, :]
-    return AttentionPlan(mask_B1LS=mask_B1LS, causal=False)
+    if attention_mask_BL is not None and not bool(attention_mask_BL.all()):
+        return AttentionPlan(spans=_unpadded_spans(attention_mask_BL))
+    return AttentionPlan()
+
+
+def plan_cached(kv_cache: KvCache, num_new: int) -> AttentionPlan:
+    """New tokens after those in the cache -> each sees its row's earlier tokens and itself."""
+    places_BL = kv_cache.places(num_new)
+    if not any(kv_cache.lengths):
+        return AttentionPlan(places_BL=places_BL)
+    if num_new == 1 and min(kv_cache.lengths) == max(kv_cache.lengths):
+        return AttentionPlan(causal=False, places_BL=places_BL)  # one query that sees everything
+    seen_S = torch.arange(max(kv_cache.lengths) + num_new, device=places_BL.device)
+    return AttentionPlan(mask_B1LS=places_BL[:, None, :, None] >= seen_S, causal=False, places_BL=places_BL)
 
 
 def _document_spans(document_ids_BL: Tensor) -> tuple[Span, ...]:
@@ -114,7 +108,8 @@ class SelfAttention(nn.Module):
         value_BLKC = torch.unflatten(self.v_proj(x_BLD), -1, (-1, self.head_dim))
         query, key, value = (part.transpose(1, 2) for part in (query_BLHC, key_BLKC, value_BLKC))
         if kv_cache is not None:
-            key, value = kv_cache.update(self.layer, key, value)
+            assert plan.places_BL is not None
+            key, value = kv_cache.update(self.layer, key, value, plan.places_BL)
         if plan.spans is None:
             mixed_BHLC = self._attend(query, key, value, plan.mask_B1LS, plan.causal)
         else:

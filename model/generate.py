@@ -17,6 +17,8 @@ from schemas.document import Grammar, Grid, Kind, MetaTemplate, Tokens, prompt_t
 from schemas.errors import ConfigError
 from schemas.vocabulary import IntArray
 
+TOKENS_PER_CODE = 5  # at most: a code, EOL, EOF, EOI and EOS
+
 Progress = Callable[[int, int], None]  # codes chosen so far, codes to choose
 
 
@@ -37,33 +39,70 @@ class VisionRequest:
 
 @dataclass(eq=False)
 class _Sequence:
-    """A request on its way: `tokens` is what is decided, of which the network has seen all but `queue`."""
+    """A request on its way: `written` is what is decided after IMG, of which the network has seen all but `queue`.
+
+    `drafts` are guesses at the codes that come next. One pass feeds them along and gives the choice at each of their places.
+    A choice depends on its own number and on what stands before it, so it is final as soon as that is: guesses that come
+    out as themselves are decided together, and the first one that does not is replaced by what it should have been. So the
+    codes are those of one pass for each, whatever is guessed. This is Jacobi decoding (as in arXiv 2410.01699), with a number
+    fixed for each place instead of random acceptance.
+    """
 
     grammar: Grammar
     prompts: list[Tokens]  # up to IMG: with the prompt, and with guidance also with the negative prompt
     uniforms: Tensor  # one for each code of the grid, so that a place's draw does not depend on the context
     num_missing: int  # codes still to choose
-    written: list[int]  # after IMG
+    written: list[int] = field(default_factory=list)
     queue: list[int] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)
 
-    def write(self, token: int) -> None:
-        """Take a chosen token and all that is forced after it."""
-        self.written.append(token)
-        self.queue.append(token)
-        self.num_missing -= 1
-        self.write_forced()
+    def write(self, tokens: list[int]) -> None:
+        """Take decided tokens and all that is forced after them."""
+        tokens = [*tokens, *self._forced(len(self.written) + len(tokens))]
+        self.written += tokens
+        self.queue += tokens
 
-    def write_forced(self) -> None:
-        while len(self.written) < self.grammar.length:
-            forced = self.grammar.forced_token(len(self.written))
-            if forced is None:
-                return
-            self.written.append(forced)
-            self.queue.append(forced)
+    def proposal(self, lookahead: int) -> tuple[list[int], list[int]]:
+        """Tokens to feed, which are the queue and `lookahead` guesses, and which of them a code follows."""
+        guess = next(
+            (token for token in reversed(self.written) if token >= self.grammar.vocabulary.vision_offset), None
+        )
+        self.drafts = self.drafts[: min(lookahead, self.num_missing - 1)]
+        while len(self.drafts) < min(lookahead, self.num_missing - 1):
+            # A place is most like the one before it; with nothing before, any code is as good.
+            previous = self.drafts[-1] if self.drafts else guess
+            self.drafts.append(self.grammar.vocabulary.vision_offset if previous is None else previous)
+        tokens = list(self.queue)
+        asked = [len(tokens) - 1]
+        for draft in self.drafts:
+            tokens += [draft, *self._forced(len(self.written) + len(tokens) - len(self.queue) + 1)]
+            asked.append(len(tokens) - 1)
+        return tokens, asked
 
-    def uniform(self) -> Tensor:
-        """The number that decides the code at the place that comes next."""
-        return self.uniforms[len(self.uniforms) - self.num_missing]
+    def decide(self, choices: list[int]) -> int:
+        """Take the choices at the proposal's places as far as what stands before them is right; how many that are."""
+        num_right = 0
+        while num_right < len(self.drafts) and self.drafts[num_right] == choices[num_right]:
+            num_right += 1
+        self.drafts = choices[num_right + 1 :]
+        for choice in choices[: num_right + 1]:
+            self.queue.clear()  # all but the last choice are among what the network has just seen
+            self.write([choice])
+        self.num_missing -= num_right + 1
+        return num_right + 1
+
+    def _forced(self, num_written: int) -> list[int]:
+        """What the grammar puts after so many tokens, up to the next code."""
+        layout = self.grammar.layout
+        end = num_written
+        while end < len(layout) and layout[end] >= 0:
+            end += 1
+        return [int(token) for token in layout[num_written:end]]
+
+    def numbers(self) -> Tensor:
+        """Those that decide the codes at the proposal's places."""
+        start = len(self.uniforms) - self.num_missing
+        return self.uniforms[start : start + len(self.drafts) + 1]
 
     def document(self) -> Tokens:
         return np.concatenate([self.prompts[0], np.asarray(self.written, np.uint32)])
@@ -77,11 +116,13 @@ def generate_vision(
     on_progress: Progress | None = None,
     *,
     meta: MetaTemplate = MetaTemplate.OUTBACK,
+    lookahead: int = 0,
 ) -> list[Tokens]:
     """Requests -> the tokens of each whole document, BOS to EOS, uint32; they always parse.
 
     All requests are one batch, with both guidance branches in the same forward pass. Only ids of codes are scored;
-    tokens that the grammar forces are fed along with the code before them.
+    tokens that the grammar forces are fed along with the code before them. `lookahead` codes are guessed and checked in each
+    pass: the codes are the same, and the passes fewer.
 
     Raises: ConfigError if a document is longer than the model's context; DocumentError if a request is contradictory;
         RuntimeError in train mode.
@@ -92,7 +133,7 @@ def generate_vision(
     total = sum(sequence.num_missing for sequence in sequences)
     active = [sequence for sequence in sequences if sequence.num_missing]
     if active:
-        _decode(lm, active, sampling, lambda left: on_progress(total - left, total) if on_progress else None)
+        _decode(lm, active, sampling, lookahead, lambda left: on_progress(total - left, total) if on_progress else None)
     return [sequence.document() for sequence in sequences]
 
 
@@ -116,65 +157,62 @@ def _start(lm: LanguageModel, request: VisionRequest, sampling: SamplingConfig, 
     t, h, w = request.grid
     generator = torch.Generator().manual_seed(request.seed)
     uniforms = torch.rand(t * h * w, generator=generator, dtype=torch.float64)
-    sequence = _Sequence(grammar, prompts, uniforms, len(uniforms) - context_codes.size, context.tolist())
-    sequence.write_forced()
-    sequence.queue.clear()  # the prefill shows the network everything decided so far
+    sequence = _Sequence(grammar, prompts, uniforms, len(uniforms) - context_codes.size)
+    sequence.write(context.tolist())
     return sequence
 
 
 def _decode(
-    lm: LanguageModel, active: list[_Sequence], sampling: SamplingConfig, on_left: Callable[[int], None]
+    lm: LanguageModel,
+    active: list[_Sequence],
+    sampling: SamplingConfig,
+    lookahead: int,
+    on_left: Callable[[int], None],
 ) -> None:
-    transformer = lm.transformer
-    device = transformer.lm_head.weight.device
-    codes = slice(lm.vocabulary.vision_offset, lm.vocabulary.size)
+    device = lm.transformer.lm_head.weight.device
     num_branches = len(active[0].prompts)
     # Row order: every request's first branch, then every request's second.
-    rows = [
-        [*sequence.prompts[branch].tolist(), *sequence.written] for branch in range(num_branches) for sequence in active
-    ]
-    width = max(map(len, rows))
-    padding_B = torch.tensor([width - len(row) for row in rows], device=device)
-    tokens_BL = torch.tensor([[lm.vocabulary.pad] * (width - len(row)) + row for row in rows], device=device)
-    cache = transformer.new_cache(len(rows), width + max(len(s.grammar.layout) - len(s.written) for s in active))
+    heads = [sequence.prompts[branch].tolist() for branch in range(num_branches) for sequence in active]
+    longest = max(map(len, heads)) + max(sequence.grammar.length for sequence in active)
+    cache = lm.transformer.new_cache(len(heads), longest + TOKENS_PER_CODE * (lookahead + 1))
     while True:
-        places_S = torch.arange(cache.length + tokens_BL.shape[1], device=device)
-        mask_BS = places_S >= padding_B.unsqueeze(1)
-        positions_BL = (places_S[cache.length :] - padding_B.unsqueeze(1)).clamp_min(0)
-        hidden_BLD = transformer.hidden(
-            tokens_BL,
-            positions_BL=positions_BL,
-            kv_cache=cache,
-            attention_mask_BL=mask_BS if bool(padding_B.any()) else None,
-        )
-        _choose_codes(lm, active, transformer.logits(hidden_BLD[:, -1], codes), sampling)
+        proposals = [sequence.proposal(lookahead) for sequence in active]
+        rows = [head + tokens for head, (tokens, _) in zip(heads, proposals * num_branches, strict=True)]
+        width = max(map(len, rows))
+        tokens_BL = torch.tensor([row + [lm.vocabulary.pad] * (width - len(row)) for row in rows], device=device)
+        hidden_BLD = lm.transformer.hidden(tokens_BL, kv_cache=cache)
+        asked = [
+            [len(head) + place for place in places]
+            for head, (_, places) in zip(heads, proposals * num_branches, strict=True)
+        ]
+        choices = _choices(lm, active, hidden_BLD, asked, sampling)
+        right = [sequence.decide(chosen) for sequence, chosen in zip(active, choices, strict=True)]
+        cache.forget([width - 1 - places[count - 1] for places, count in zip(asked, right * num_branches, strict=True)])
         on_left(sum(sequence.num_missing for sequence in active))
         going = [index for index, sequence in enumerate(active) if sequence.num_missing]
         if not going:
             return
         if len(going) < len(active):
-            kept_B = torch.tensor(
-                [b * len(active) + index for b in range(num_branches) for index in going], device=device
-            )
+            cache.select([branch * len(active) + index for branch in range(num_branches) for index in going])
             active = [active[index] for index in going]
-            cache.select(kept_B)
-            padding_B = padding_B[kept_B]
-        # Rows whose grids differ have unequal queues; all advance by the shortest.
-        num_new = min(len(sequence.queue) for sequence in active)
-        fed = [sequence.queue[:num_new] for sequence in active]
-        for sequence in active:
-            del sequence.queue[:num_new]
-        tokens_BL = torch.tensor(fed * num_branches, device=device)
+        heads = [[]] * (len(active) * num_branches)
 
 
-def _choose_codes(lm: LanguageModel, active: list[_Sequence], logits_BV: Tensor, sampling: SamplingConfig) -> None:
-    """Write a code into each sequence whose decided tokens the network has all seen."""
-    ready = [index for index, sequence in enumerate(active) if not sequence.queue]
-    rows_R = torch.tensor(ready, device=logits_BV.device)
-    scores_RV = logits_BV[rows_R]
-    if len(active[0].prompts) == 2:
-        scores_RV = guide(scores_RV, logits_BV[rows_R + len(active)], sampling.guidance)
-    uniforms_R = torch.stack([active[index].uniform() for index in ready]).to(logits_BV.device)
-    chosen = choose(scores_RV, uniforms_R, sampling).tolist()
-    for index, code in zip(ready, chosen, strict=True):
-        active[index].write(lm.vocabulary.vision_offset + code)
+def _choices(
+    lm: LanguageModel,
+    active: list[_Sequence],
+    hidden_BLD: Tensor,
+    asked: list[list[int]],
+    sampling: SamplingConfig,
+) -> list[list[int]]:
+    """The token that each sequence would take at each place that it asks about."""
+    device = hidden_BLD.device
+    rows = torch.tensor([row for row, places in enumerate(asked) for _ in places], device=device)
+    places = torch.tensor([place for places in asked for place in places], device=device)
+    codes = slice(lm.vocabulary.vision_offset, lm.vocabulary.size)
+    scores_NV = lm.transformer.logits(hidden_BLD[rows, places], codes)
+    if len(asked) > len(active):
+        scores_NV = guide(*scores_NV.chunk(2), sampling.guidance)
+    uniforms_N = torch.cat([sequence.numbers() for sequence in active]).to(device)
+    chosen = iter((choose(scores_NV, uniforms_N, sampling) + lm.vocabulary.vision_offset).tolist())
+    return [[next(chosen) for _ in places] for places in asked[: len(active)]]

@@ -1,6 +1,6 @@
 """Answers in text: about an image, a clip, or nothing but the question. Only text ids and EOS may come.
 
-Shapes: B prompts, L new tokens, S tokens in all, V ids that may come next, D hidden.
+Shapes: B prompts, L new tokens, V ids that may come next, D hidden.
 """
 
 from collections.abc import Sequence
@@ -65,20 +65,15 @@ def _decode(lm: LanguageModel, prompts: list[list[int]], uniforms_BL: Tensor, co
     transformer, vocabulary = lm.transformer, lm.vocabulary
     device = transformer.lm_head.weight.device
     width = max(map(len, prompts))
-    padding_B = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
-    tokens_BL = torch.tensor([[vocabulary.pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    tokens_BL = torch.tensor([prompt + [vocabulary.pad] * (width - len(prompt)) for prompt in prompts], device=device)
+    ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
     cache = transformer.new_cache(len(prompts), width + uniforms_BL.shape[1])
     answers: list[list[int]] = [[] for _ in prompts]
     active = list(range(len(prompts)))
     for uniforms_B in uniforms_BL.T:
-        places_S = torch.arange(cache.length + tokens_BL.shape[1], device=device)
-        hidden_BLD = transformer.hidden(
-            tokens_BL,
-            positions_BL=(places_S[cache.length :] - padding_B.unsqueeze(1)).clamp_min(0),
-            kv_cache=cache,
-            attention_mask_BL=places_S >= padding_B.unsqueeze(1),
-        )
-        scores_BV = transformer.logits(hidden_BLD[:, -1], slice(0, vocabulary.eos + 1))
+        hidden_BLD = transformer.hidden(tokens_BL, kv_cache=cache)
+        cache.forget((hidden_BLD.shape[1] - 1 - ends).tolist())
+        scores_BV = transformer.logits(hidden_BLD[torch.arange(len(ends)), ends], slice(0, vocabulary.eos + 1))
         scores_BV[:, lm.text.num_text : vocabulary.eos] = -torch.inf
         chosen = choose(scores_BV, uniforms_B[active].to(device), config).tolist()
         for row, token in zip(active, chosen, strict=True):
@@ -86,10 +81,9 @@ def _decode(lm: LanguageModel, prompts: list[list[int]], uniforms_BL: Tensor, co
         going = [index for index, token in enumerate(chosen) if token != vocabulary.eos]
         if not going:
             break
-        tokens_BL = torch.tensor([[chosen[index]] for index in going], device=device)
         if len(going) < len(active):
-            kept_B = torch.tensor(going, device=device)
-            cache.select(kept_B)
-            padding_B = padding_B[kept_B]
+            cache.select(going)
             active = [active[index] for index in going]
+        tokens_BL = torch.tensor([[chosen[index]] for index in going], device=device)
+        ends = torch.zeros(len(going), dtype=torch.int64, device=device)
     return answers

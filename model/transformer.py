@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from model.attention import AttentionPlan, SelfAttention, plan_attention
+from model.attention import AttentionPlan, SelfAttention, plan_attention, plan_cached
 from model.kv_cache import KvCache
 from model.rope import rotary_tables
 from schemas.recipe import Config
@@ -206,26 +206,29 @@ class Transformer(nn.Module):
 
         document_ids_BL: packed rows. A run of equal ids is a document; attention stays inside it, and positions start
             at 0 in each unless given.
-        kv_cache: the tokens come after those in the cache, and are added to it.
-        attention_mask_BL: 0 on left padding, 1 on tokens; with a cache it covers cached and new tokens, (B, S). What
-            stands at padded places of the result means nothing.
+        kv_cache: the tokens come after those in the cache, and are added to it. Rows of unequal length are padded on the
+            right, and the padding is forgotten afterwards (`KvCache.forget`).
+        attention_mask_BL: 0 on left padding, 1 on tokens. What stands at padded places of the result means nothing.
 
         Raises: ValueError for combinations that mean nothing.
         """
-        num_past = 0 if kv_cache is None else kv_cache.length
-        num_new = tokens_BL.shape[1]
-        if document_ids_BL is not None and (kv_cache is not None or attention_mask_BL is not None):
-            raise ValueError("found document ids with a cache or an attention mask: packed rows have neither")
-        if attention_mask_BL is not None and attention_mask_BL.shape[1] != num_past + num_new:
-            found, expected = attention_mask_BL.shape[1], num_past + num_new
-            raise ValueError(f"found an attention mask over {found} tokens, expected {expected}, cached ones included")
+        if [document_ids_BL, kv_cache, attention_mask_BL].count(None) < 2:
+            raise ValueError("found two of document ids, a cache and an attention mask, expected one at most")
+        if attention_mask_BL is not None and attention_mask_BL.shape != tokens_BL.shape:
+            found, expected = tuple(attention_mask_BL.shape), tuple(tokens_BL.shape)
+            raise ValueError(f"found an attention mask of shape {found}, expected {expected}, that of the tokens")
+        if kv_cache is None:
+            plan = plan_attention(document_ids_BL, attention_mask_BL)
+        else:
+            plan = plan_cached(kv_cache, tokens_BL.shape[1])
         if positions_BL is None:
-            positions_BL = _positions(tokens_BL, num_past, document_ids_BL, attention_mask_BL)
-        plan = plan_attention(num_new, num_past, document_ids_BL, attention_mask_BL, tokens_BL.device)
+            positions_BL = plan.places_BL
+        if positions_BL is None:
+            positions_BL = _positions(tokens_BL, document_ids_BL, attention_mask_BL)
         rotary = rotary_tables(positions_BL, self.config.head_dim, self.config.rope_theta)
         hidden_BLD: Tensor = self.model(tokens_BL, rotary, plan, kv_cache)
         if kv_cache is not None:
-            kv_cache.advance(num_new)
+            kv_cache.advance(tokens_BL.shape[1])
         return hidden_BLD
 
     def logits(self, hidden_BLD: Tensor, rows: slice | None = None) -> Tensor:
@@ -249,15 +252,12 @@ class Transformer(nn.Module):
         )
 
 
-def _positions(
-    tokens_BL: Tensor, num_past: int, document_ids_BL: Tensor | None, attention_mask_BS: Tensor | None
-) -> Tensor:
+def _positions(tokens_BL: Tensor, document_ids_BL: Tensor | None, attention_mask_BL: Tensor | None) -> Tensor:
     if document_ids_BL is not None:
         return document_positions(document_ids_BL)
-    num_new = tokens_BL.shape[1]
-    if attention_mask_BS is not None:
-        return (attention_mask_BS.long().cumsum(dim=1) - 1).clamp_min(0)[:, num_past:]
-    return torch.arange(num_past, num_past + num_new, device=tokens_BL.device).expand(len(tokens_BL), num_new)
+    if attention_mask_BL is not None:
+        return (attention_mask_BL.long().cumsum(dim=1) - 1).clamp_min(0)
+    return torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
 
 
 def document_positions(document_ids_BL: Tensor) -> Tensor:

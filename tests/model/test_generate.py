@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.generate import VisionRequest, generate_vision
+from model.kv_cache import KvCache
 from model.sampling import SamplingConfig, guide
 from model.text_tokenizer import TinyBpe
 from model.transformer import Transformer, TransformerConfig
@@ -80,6 +81,35 @@ def test_the_batch_does_not_change_a_sample(lm: LanguageModel, sampling: Samplin
         assert generate_vision(lm, [request], sampling)[0].tolist() == tokens.tolist()
     other = generate_vision(lm, [REQUESTS[3], REQUESTS[1], REQUESTS[0]], sampling)
     assert [row.tolist() for row in other] == [together[index].tolist() for index in (3, 1, 0)]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, GUIDED, SamplingConfig(temperature=0)], ids=["greedy", "guided", "both"])
+@pytest.mark.parametrize("lookahead", [1, 3, 100])
+def test_guesses_change_no_code(lm: LanguageModel, sampling: SamplingConfig, lookahead: int) -> None:
+    one_by_one = generate_vision(lm, REQUESTS, sampling)
+    for requests, expected in ((REQUESTS, one_by_one), (REQUESTS[1:2], one_by_one[1:2])):
+        made = generate_vision(lm, requests, sampling, lookahead=lookahead)
+        assert [row.tolist() for row in made] == [row.tolist() for row in expected]
+
+
+def test_right_guesses_save_passes(lm: LanguageModel) -> None:
+    """A model that says its last code again is guessed right; one that counts up is guessed wrong, and costs no more."""
+    request = VisionRequest("", "video", (2, 4, 4), fps=8, context_codes=np.full((1, 4, 4), 5))
+    for step, most in ((0, 3), (1, 16)):
+        counting = copy.deepcopy(lm)
+        num_passes = 0
+
+        def hidden(tokens_BL: torch.Tensor, *, kv_cache: KvCache, step: int = step) -> torch.Tensor:
+            nonlocal num_passes
+            num_passes += 1
+            kv_cache.advance(tokens_BL.shape[1])
+            codes = torch.where(tokens_BL >= VOCABULARY.vision_offset, tokens_BL - VOCABULARY.vision_offset, 5)
+            return torch.nn.functional.one_hot((codes + step) % VOCABULARY.num_codes, VOCABULARY.num_codes).float()
+
+        counting.transformer.hidden = hidden  # type: ignore[assignment, method-assign]
+        counting.transformer.logits = lambda hidden_ND, rows=None: hidden_ND  # type: ignore[assignment, method-assign]
+        generate_vision(counting, [request], GREEDY, lookahead=7)
+        assert num_passes <= most
 
 
 def test_the_seed_decides(lm: LanguageModel) -> None:

@@ -88,18 +88,31 @@ def test_left_padding_matches_transformers_and_no_padding() -> None:
 def test_cached_steps_equal_the_full_pass(sizes: tuple[int, ...]) -> None:
     transformer = random_transformer()
     tokens = random_tokens(2, 24)
-    for padding in (0, 6):
-        mask = torch.ones_like(tokens)
-        mask[1, :padding] = 0
-        expected = transformer(tokens, attention_mask_BL=mask)
-        cache = transformer.new_cache(2, 24)
-        parts = []
-        for part in tokens.split(sizes, dim=1):
-            seen = cache.length + part.shape[1]
-            parts.append(transformer(part, kv_cache=cache, attention_mask_BL=mask[:, :seen] if padding else None))
-        logits = torch.cat(parts, dim=1)
-        torch.testing.assert_close(logits[0], expected[0], atol=1e-5, rtol=0)
-        torch.testing.assert_close(logits[1, padding:], expected[1, padding:], atol=1e-5, rtol=0)
+    expected = transformer(tokens)
+    cache = transformer.new_cache(2, 24)
+    logits = torch.cat([transformer(part, kv_cache=cache) for part in tokens.split(sizes, dim=1)], dim=1)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_grow_on_their_own() -> None:
+    """Rows take other numbers of tokens in each pass, with wrong ones behind them that are forgotten."""
+    transformer = random_transformer()
+    tokens = random_tokens(3, 24)
+    expected = transformer(tokens)
+    cache = transformer.new_cache(3, 40)
+    ends = [0, 0, 0]
+    for counts in ([7, 1, 4], [1, 1, 1], [2, 0, 5], [14, 20, 6], [0, 2, 0]):
+        width = max(counts) + 2
+        part = random_tokens(3, width, seed=9)  # what is not written over below is wrong
+        for row, (end, count) in enumerate(zip(ends, counts, strict=True)):
+            part[row, :count] = tokens[row, end : end + count]
+        logits = transformer(part, kv_cache=cache)
+        cache.forget([width - count for count in counts])
+        for row, (end, count) in enumerate(zip(ends, counts, strict=True)):
+            torch.testing.assert_close(logits[row, :count], expected[row, end : end + count], atol=1e-5, rtol=0)
+        ends = [end + count for end, count in zip(ends, counts, strict=True)]
+    assert ends == cache.lengths == [24, 24, 16]
 
 
 @torch.no_grad()
@@ -182,7 +195,7 @@ def test_meaningless_combinations_are_refused() -> None:
     tokens = random_tokens(1, 6)
     with pytest.raises(ValueError, match="document ids"):
         transformer(tokens, document_ids_BL=torch.zeros_like(tokens), kv_cache=transformer.new_cache(1, 6))
-    with pytest.raises(ValueError, match="over 5 tokens, expected 6"):
+    with pytest.raises(ValueError, match=r"shape \(1, 5\), expected \(1, 6\)"):
         transformer(tokens, attention_mask_BL=torch.ones(1, 5))
     with pytest.raises(ValueError, match="left only"):
         transformer(tokens, attention_mask_BL=torch.tensor([[1, 1, 0, 1, 1, 1]]))
