@@ -212,7 +212,8 @@ def _choices(
     codes = slice(lm.vocabulary.vision_offset, lm.vocabulary.size)
     scores_NV = lm.transformer.logits(hidden_BLD[rows, places], codes)
     if len(asked) > len(active):
-        scores_NV = guide(*scores_NV.chunk(2), sampling.guidance)
+        conditional_NV, unconditional_NV = scores_NV.chunk(2)
+        scores_NV = guide(conditional_NV, unconditional_NV, sampling.guidance)
     uniforms_N = torch.cat([sequence.numbers() for sequence in active]).to(device)
     chosen = iter((choose(scores_NV, uniforms_N, sampling) + lm.vocabulary.vision_offset).tolist())
     return [[next(chosen) for _ in places] for places in asked[: len(active)]]

@@ -62,8 +62,11 @@ class Decoder(nn.Module):
         self.norm_out = SpatialNorm(config.ch * config.ch_mult[0], config.norm_groups, config.embed_dim)
         self.conv_out = nn.Conv2d(config.ch * config.ch_mult[0], config.out_channels, 3, padding=1)
 
-    def forward(self, latents_BCtHW: Tensor, quantized_BQtHW: Tensor) -> Tensor:
-        """Latents after `post_quant_conv`, and the codebook vectors -> pixels (B, T, 3, H, W), not clipped."""
+    def forward(self, latents_BCtHW: Tensor, quantized_BQtHW: Tensor, num_frames: int | None = None) -> Tensor:
+        """Latents after `post_quant_conv`, and the codebook vectors -> pixels (B, T, 3, H, W), not clipped.
+
+        With `num_frames` only the first of them: frames meet in the temporal layers alone, which are little of the work.
+        """
         num_clips = latents_BCtHW.shape[0]
         # Both go through the same temporal layers, so the guide of each frame is a moving one.
         both = torch.cat((latents_BCtHW, quantized_BQtHW), dim=0)
@@ -71,7 +74,7 @@ class Decoder(nn.Module):
             both = block(both)
         for conv in self.time_conv:
             both = F.silu(conv(both))
-        x_BCHW, guide_BQHW = frames_of(both).chunk(2, dim=0)
+        x_BCHW, guide_BQHW = frames_of(both[:, :, :num_frames]).chunk(2, dim=0)
         x_BCHW = self.mid(self.conv_in(x_BCHW), guide_BQHW)
         for level in reversed(self.up):
             x_BCHW = level(x_BCHW, guide_BQHW)

@@ -97,7 +97,8 @@ class VisionTokenizer(nn.Module):
         self._check_eval()
         is_image = codes_Bthw.ndim == 3
         vectors_BCthw = self.quantize.lookup(codes_Bthw.unsqueeze(1) if is_image else codes_Bthw)
-        pixels_BTCHW: Tensor = self.decoder(self.post_quant_conv(vectors_BCthw), vectors_BCthw)
+        num_frames = 1 if is_image else None
+        pixels_BTCHW: Tensor = self.decoder(self.post_quant_conv(vectors_BCthw), vectors_BCthw, num_frames)
         return pixels_BTCHW[:, 0] if is_image else pixels_BTCHW
 
     def encode_chunks(self, pixels_BTCHW: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The language model against transformers' Emu3, the published counts, and its own promises."""
 
+import random
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from model.transformer import TRANSFORMER_SIZES, Transformer, TransformerConfig, document_positions, transformer_size
+from train.losses import weighted_next_token_loss
 
 CONFIG = TransformerConfig(
     vocab_size=300,
@@ -18,6 +20,28 @@ CONFIG = TransformerConfig(
     head_dim=16,
     max_position_embeddings=512,
 )
+
+
+SEEDS = range(20)
+
+
+def random_config(seed: int) -> TransformerConfig:
+    """A config of any shape that the architecture allows."""
+    rng = random.Random(seed)
+    num_kv_heads, head_dim = rng.choice([1, 2, 3]), rng.choice([8, 16, 32])
+    num_heads = num_kv_heads * rng.choice([1, 2, 4])
+    return TransformerConfig(
+        vocab_size=rng.randint(40, 400),
+        hidden_size=num_heads * head_dim,
+        intermediate_size=rng.randint(16, 200),
+        num_layers=rng.randint(1, 4),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rope_theta=rng.choice([10_000.0, 1_000_000.0]),
+        rms_norm_eps=rng.choice([1e-5, 1e-6]),
+        max_position_embeddings=512,
+    )
 
 
 def random_transformer(config: TransformerConfig = CONFIG, seed: int = 0) -> Transformer:
@@ -32,8 +56,8 @@ def random_transformer(config: TransformerConfig = CONFIG, seed: int = 0) -> Tra
     return transformer
 
 
-def random_tokens(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, CONFIG.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+def random_tokens(*shape: int, seed: int = 0, vocab_size: int = CONFIG.vocab_size) -> Tensor:
+    return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def reference_of(transformer: Transformer) -> Any:
@@ -61,13 +85,45 @@ def reference_of(transformer: Transformer) -> Any:
 
 
 @torch.no_grad()
-def test_logits_match_transformers() -> None:
-    transformer = random_transformer()
-    tokens = random_tokens(2, 50)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_any_config_matches_transformers(seed: int) -> None:
+    """Logits, loss, greedy choices, cached steps, padding and packing, of a random architecture with random weights."""
+    config = random_config(seed)
+    transformer = random_transformer(config, seed)
+    reference = reference_of(transformer)
+    tokens = random_tokens(3, 40, seed=seed, vocab_size=config.vocab_size)
     logits = transformer(tokens)
     assert logits.dtype == torch.float32
-    assert logits.std() > 0.1
-    torch.testing.assert_close(logits, reference_of(transformer)(tokens).logits, atol=1e-5, rtol=0)
+    assert logits.std() > 0.05
+    expected = reference(tokens, labels=tokens)
+    torch.testing.assert_close(logits, expected.logits, atol=1e-5, rtol=0)
+    labels, weights = tokens[:, 1:], torch.ones(3, 39)
+    loss = weighted_next_token_loss(logits[:, :-1], labels, weights, vision_offset=config.vocab_size)["loss"].mean
+    torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=0)
+
+    cache = transformer.new_cache(3, 80)
+    steps = [transformer(part, kv_cache=cache) for part in tokens.split((17, 1, 1, 9, 12), dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), logits, atol=1e-5, rtol=0)
+    chosen = [steps[-1][:, -1].argmax(dim=-1)]
+    for _ in range(19):
+        chosen.append(transformer(chosen[-1].unsqueeze(1), kv_cache=cache)[:, -1].argmax(dim=-1))
+    told = reference.generate(
+        tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=20, eos_token_id=None
+    )
+    assert torch.equal(torch.stack(chosen, dim=1), told[:, 40:])
+
+    num_pad = random.Random(seed).randint(1, 39)
+    mask = torch.ones_like(tokens)
+    mask[1, :num_pad] = 0
+    padded = transformer(tokens, attention_mask_BL=mask)
+    torch.testing.assert_close(
+        padded[1, num_pad:], reference(tokens, attention_mask=mask).logits[1, num_pad:], atol=1e-5, rtol=0
+    )
+    packed = transformer(tokens, document_ids_BL=(torch.arange(40) >= num_pad).long().expand(3, 40))
+    for row in range(3):
+        for part in (slice(0, num_pad), slice(num_pad, 40)):
+            alone = reference(tokens[row : row + 1, part]).logits[0]
+            torch.testing.assert_close(packed[row, part], alone, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The vision tokenizer against transformers' Emu3, the published counts, and its own promises."""
 
+import random
 from typing import Any
 
 import pytest
@@ -24,6 +25,24 @@ CONFIG_B = VisionTokenizerConfig(
     attn_resolutions=(1,),
     temporal_downsample_factor=2,
 )
+
+
+def random_config(seed: int) -> VisionTokenizerConfig:
+    """A config of any shape that both sides know: transformers' attention has one width, that of the last level."""
+    rng = random.Random(seed)
+    ch_mult = (*(rng.choice([1, 2]) for _ in range(rng.choice([1, 2, 2, 3]))), rng.choice([1, 2, 3]))
+    levels = [level for level, multiple in enumerate(ch_mult) if multiple == ch_mult[-1]]
+    channels = rng.choice([2, 4, 8])
+    return VisionTokenizerConfig(
+        codebook_size=rng.choice([16, 64, 300]),
+        embed_dim=channels,
+        z_channels=channels,
+        temporal_downsample_factor=rng.choice([2, 4, 8]),
+        ch=32,
+        ch_mult=ch_mult,
+        num_res_blocks=rng.choice([1, 2]),
+        attn_resolutions=tuple(rng.sample(levels, rng.randint(0, len(levels)))),
+    )
 
 
 def random_tokenizer(config: VisionTokenizerConfig, seed: int = 0) -> VisionTokenizer:
@@ -70,19 +89,22 @@ def reference_video_codes(reference: Any, pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", [CONFIG_A, CONFIG_B], ids=["a", "b"])
-def test_matches_transformers_on_images_and_clips(config: VisionTokenizerConfig) -> None:
-    tokenizer = random_tokenizer(config)
+@pytest.mark.parametrize("seed", range(20))
+def test_any_config_matches_transformers(seed: int) -> None:
+    config = random_config(seed)
+    tokenizer = random_tokenizer(config, seed)
     reference = reference_of(tokenizer)
-    images = torch.rand(2, 3, 40, 32) * 2 - 1
+    rng, side = random.Random(seed), config.spatial_factor
+    height, width = (side * rng.randint(2, max(2, 40 // side)) for _ in range(2))
+    images = torch.rand(2, 3, height, width) * 2 - 1
     codes = tokenizer.encode(images)
-    expected = torch.stack(list(reference.encode(images, image_sizes=torch.tensor([[40, 32]] * 2)).image_tokens))
+    expected = torch.stack(list(reference.encode(images, image_sizes=torch.tensor([[height, width]] * 2)).image_tokens))
     assert torch.equal(codes, expected)
-    assert len(codes.unique()) > 8
+    assert len(codes.unique()) > 3
     torch.testing.assert_close(tokenizer.decode(codes), reference.decode(codes), atol=1e-4, rtol=0)
-    clips = torch.rand(2, 3 * config.temporal_downsample_factor, 3, 24, 32) * 2 - 1
+    clips = torch.rand(2, 3 * config.temporal_downsample_factor, 3, height, width) * 2 - 1
     codes = tokenizer.encode(clips)
-    assert codes.shape == (2, 3, 24 // config.spatial_factor, 32 // config.spatial_factor)
+    assert codes.shape == (2, 3, height // side, width // side)
     assert torch.equal(codes, reference_video_codes(reference, clips))
     torch.testing.assert_close(tokenizer.decode(codes), reference.decode(codes), atol=1e-4, rtol=0)
     # In float64 nothing but a different formula could differ.
