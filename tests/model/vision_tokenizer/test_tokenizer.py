@@ -30,7 +30,7 @@ CONFIG_B = VisionTokenizerConfig(
 def random_config(seed: int) -> VisionTokenizerConfig:
     """A config of any shape that both sides know: transformers' attention has one width, that of the last level."""
     rng = random.Random(seed)
-    ch_mult = (*(rng.choice([1, 2]) for _ in range(rng.choice([1, 2, 2, 3]))), rng.choice([1, 2, 3]))
+    ch_mult = (*(rng.choice([1, 2]) for _ in range(rng.choice([1, 2, 2, 3]))), rng.choice([1, 2]))
     levels = [level for level, multiple in enumerate(ch_mult) if multiple == ch_mult[-1]]
     channels = rng.choice([2, 4, 8])
     return VisionTokenizerConfig(
@@ -93,18 +93,20 @@ def reference_video_codes(reference: Any, pixels: Tensor) -> Tensor:
 def test_any_config_matches_transformers(seed: int) -> None:
     config = random_config(seed)
     tokenizer = random_tokenizer(config, seed)
+    others = tokenizer.latents(torch.rand(8, 3, 4 * config.spatial_factor, 4 * config.spatial_factor) * 2 - 1)
+    tokenizer.quantize.init_codebook_from_latents(others, torch.Generator().manual_seed(seed))
     reference = reference_of(tokenizer)
     rng, side = random.Random(seed), config.spatial_factor
-    height, width = (side * rng.randint(2, max(2, 40 // side)) for _ in range(2))
+    height, width = (side * rng.randint(2, max(2, 24 // side)) for _ in range(2))
     images = torch.rand(2, 3, height, width) * 2 - 1
     codes = tokenizer.encode(images)
     expected = torch.stack(list(reference.encode(images, image_sizes=torch.tensor([[height, width]] * 2)).image_tokens))
     assert torch.equal(codes, expected)
-    assert len(codes.unique()) > 3
+    assert len(codes.unique()) > codes.numel() / 8
     torch.testing.assert_close(tokenizer.decode(codes), reference.decode(codes), atol=1e-4, rtol=0)
-    clips = torch.rand(2, 3 * config.temporal_downsample_factor, 3, height, width) * 2 - 1
+    clips = torch.rand(1, 3 * config.temporal_downsample_factor, 3, height, width) * 2 - 1
     codes = tokenizer.encode(clips)
-    assert codes.shape == (2, 3, height // side, width // side)
+    assert codes.shape == (1, 3, height // side, width // side)
     assert torch.equal(codes, reference_video_codes(reference, clips))
     torch.testing.assert_close(tokenizer.decode(codes), reference.decode(codes), atol=1e-4, rtol=0)
     # In float64 nothing but a different formula could differ.
