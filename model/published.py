@@ -13,15 +13,18 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from model.transformer import TransformerConfig
+from model.transformer import INIT_STD, TransformerConfig
 from model.vision_tokenizer.config import VisionTokenizerConfig
 from schemas.errors import ConfigError
+from schemas.vocabulary import Vocabulary
 
 Values = Mapping[str, Any]
 
 LANGUAGE_MODEL_TYPES = ("emu3_text_model", "Emu3")  # transformers, official; ours is written as the first
 VISION_TOKENIZER_TYPES = ("Emu3VisionVQ", "emu3_vqgan")  # official, transformers; ours is written as the first
 COMPOSITE_TYPE = "emu3"  # transformers: both networks in one folder
+LLAMA_TYPE = "llama"
+PLACEHOLDER_FOR = "<|extra_0|>"  # whose id transformers gives to its placeholder for images
 
 # Ours -> the key in both published forms.
 _TRANSFORMER_KEYS = {
@@ -91,6 +94,54 @@ def transformer_values(config: TransformerConfig, *, pad: int, bos: int, eos: in
     }
 
 
+def official_transformer_values(config: TransformerConfig, vocabulary: Vocabulary) -> dict[str, Any]:
+    """A language model's config -> `config.json` in the official form."""
+    ids = {name: getattr(vocabulary, name) for name in ("pad", "bos", "eos", "img", "boi", "eoi", "eol", "eof")}
+    return {
+        "architectures": ["Emu3ForCausalLM"],
+        "model_type": LANGUAGE_MODEL_TYPES[1],
+        **{key: getattr(config, name) for name, key in _TRANSFORMER_KEYS.items()},
+        "head_dim": config.head_dim,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "hidden_act": "silu",
+        "initializer_range": INIT_STD,
+        "tie_word_embeddings": False,
+        **{f"{name}_token_id": value for name, value in ids.items()},
+    }
+
+
+def llama_values(config: TransformerConfig, *, pad: int, bos: int, eos: int) -> dict[str, Any]:
+    """A language model's config -> `config.json` of the Llama that computes the same, dropout in training aside."""
+    values = transformer_values(config, pad=pad, bos=bos, eos=eos)
+    del values["attention_dropout"]
+    return values | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": LLAMA_TYPE,
+        "rope_theta": config.rope_theta,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+
+
+def composite_values(
+    language: TransformerConfig, vision: VisionTokenizerConfig, vocabulary: Vocabulary
+) -> dict[str, Any]:
+    """Both configs -> `config.json` of transformers' composite. Its placeholder for images takes the id of `<|extra_0|>`."""
+    strings = vocabulary.special_strings()
+    tokens = {string: token for token, string in strings.items() if string != PLACEHOLDER_FOR}
+    placeholder = next(token for token, string in strings.items() if string == PLACEHOLDER_FOR)
+    codes = {vocabulary.vision_string(code): vocabulary.vision_offset + code for code in range(vocabulary.num_codes)}
+    return {
+        "architectures": ["Emu3ForConditionalGeneration"],
+        "model_type": COMPOSITE_TYPE,
+        "text_config": transformer_values(language, pad=vocabulary.pad, bos=vocabulary.bos, eos=vocabulary.eos),
+        "vq_config": transformers_vision_values(vision),
+        "vocabulary_map": {"<image>": placeholder, **tokens, **codes},
+        "image_token_id": placeholder,
+    }
+
+
 def vision_tokenizer_config(values: Values, source: str) -> VisionTokenizerConfig:
     """A published or own `config.json` -> the vision tokenizer's config. `source` names it in errors.
 
@@ -115,6 +166,35 @@ def vision_tokenizer_values(config: VisionTokenizerConfig) -> dict[str, Any]:
         "model_type": VISION_TOKENIZER_TYPES[0],
         **config.model_dump(mode="json"),
     }
+
+
+def transformers_vision_values(config: VisionTokenizerConfig) -> dict[str, Any]:
+    """A vision tokenizer's config -> `config.json` in the transformers form.
+
+    Raises: ConfigError if transformers has no such architecture.
+    """
+    width = config.ch * config.ch_mult[-1]
+    if config.norm_groups != 32 or any(config.ch * config.ch_mult[level] != width for level in config.attn_resolutions):
+        raise ConfigError(
+            f"transformers has no vision tokenizer with {config.norm_groups} norm groups and attention at levels "
+            f"{config.attn_resolutions} of widths {config.ch_mult} x {config.ch}, expected 32 groups and one width"
+        )
+    values = config.model_dump(mode="json", exclude={"norm_groups", "dropout"})
+    return {
+        "architectures": ["Emu3VQVAE"],
+        "model_type": VISION_TOKENIZER_TYPES[1],
+        **{_VISION_KEYS.get(name, name): value for name, value in values.items()},
+        "hidden_size": width,
+        "num_attention_heads": 1,
+        "attention_dropout": 0.0,
+    }
+
+
+def composite_tensors(language: Mapping[str, Tensor], vision: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of both networks of ours -> those of transformers' composite."""
+    found = {re.sub(r"^model\.", "model.text_model.", name): tensor for name, tensor in language.items()}
+    renamed = transformers_vision_tensors(vision)
+    return found | {f"model.vqmodel.{name}": tensor for name, tensor in renamed.items()}
 
 
 def transformer_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

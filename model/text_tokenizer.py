@@ -6,12 +6,14 @@ Neither knows special tokens: whatever a text contains, its ids are ordinary tex
 import base64
 import binascii
 import json
+import tempfile
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 from schemas.errors import ConfigError
+from schemas.vocabulary import Vocabulary
 
 # Qwen's split: contractions, letters, single digits, punctuation runs, line breaks, spaces.
 SPLIT_PATTERN = (
@@ -38,9 +40,34 @@ class TextTokenizer(Protocol):
         """Ids -> text; bytes that are no UTF-8 become the replacement character."""
         ...
 
+    def to_json(self) -> str:
+        """The serialisation that the `tokenizers` library reads: the same ids for every text."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write the one file that `load_text_tokenizer` reads."""
         ...
+
+
+def hub_tokenizer(text: TextTokenizer, vocabulary: Vocabulary) -> str:
+    """A text tokenizer -> `tokenizer.json` with the same ids for every text, BOS before each.
+
+    All control and vision tokens have their strings, so that ids decode; none is recognised inside a text.
+    """
+    values = json.loads(text.to_json())
+    ids = {string: token for token, string in vocabulary.special_strings().items()}
+    ids |= {vocabulary.vision_string(code): vocabulary.vision_offset + code for code in range(vocabulary.num_codes)}
+    values["model"]["vocab"] |= ids
+    values["added_tokens"] = []
+    bos = vocabulary.special_strings()[vocabulary.bos]
+    start = {"SpecialToken": {"id": bos, "type_id": 0}}
+    values["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [start, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [start, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {bos: {"id": bos, "ids": [vocabulary.bos], "tokens": [bos]}},
+    }
+    return json.dumps(values, ensure_ascii=False)
 
 
 class Emu3TextTokenizer:
@@ -81,6 +108,24 @@ class Emu3TextTokenizer:
     def decode(self, ids: list[int]) -> str:
         """Ids -> text."""
         return self._encoding.decode(ids, errors="replace")
+
+    def to_json(self) -> str:
+        """The serialisation that the `tokenizers` library reads: the same ids for every text."""
+        from tokenizers import Regex, normalizers, pre_tokenizers
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+
+        with tempfile.NamedTemporaryFile(suffix=f".{EMU3_FILE}") as file:
+            file.write(self._file)
+            file.flush()
+            converted: Any = TikTokenConverter(vocab_file=file.name, extra_special_tokens=[]).converted()
+        converted.normalizer = normalizers.NFC()
+        converted.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        return str(converted.to_str())
 
     def save(self, folder: Path) -> None:
         """Write the tiktoken file, byte for byte."""

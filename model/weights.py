@@ -68,11 +68,11 @@ def save_language_model(
     values = transformer_values(transformer.config, pad=vocabulary.pad, bos=vocabulary.bos, eos=vocabulary.eos)
 
     def write(draft: Path) -> None:
-        _write_network(draft, transformer, values)
+        write_network(draft, transformer.state_dict(), values)
         (draft / VOCABULARY_FILE).write_text(vocabulary.to_json() + "\n", encoding="utf-8")
         text_tokenizer.save(draft)
 
-    _write_folder(folder, write)
+    write_folder(folder, write)
     return digest(folder)
 
 
@@ -94,7 +94,9 @@ def load_language_model(
 
 def save_vision_tokenizer(folder: Path, tokenizer: VisionTokenizer) -> str:
     """Write a vision tokenizer as a folder, replacing one that is there; the digest of the weights."""
-    _write_folder(folder, lambda draft: _write_network(draft, tokenizer, vision_tokenizer_values(tokenizer.config)))
+    write_folder(
+        folder, lambda draft: write_network(draft, tokenizer.state_dict(), vision_tokenizer_values(tokenizer.config))
+    )
     return digest(folder)
 
 
@@ -149,14 +151,15 @@ def load_tensors(network: nn.Module, tensors: Mapping[str, Tensor], source: str)
     network.load_state_dict(dict(tensors), strict=True, assign=True)
 
 
-def _write_network(folder: Path, network: nn.Module, values: Mapping[str, object]) -> None:
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+def write_network(folder: Path, tensors: Mapping[str, Tensor], values: Mapping[str, object]) -> None:
+    """Tensors and a config -> `model.safetensors` and `config.json` in the folder."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors makes it private
     (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Write into a temporary sibling and rename it, so that nobody ever sees half a checkpoint."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
