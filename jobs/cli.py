@@ -239,6 +239,24 @@ def generate(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Language model checkpoint: id, a beginning of one, or latest.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
+    form: Annotated[
+        str, typer.Option("--form", help="llama (for vLLM), transformers, or official.", case_sensitive=False)
+    ] = "llama",
+    lake: LakeOption = "./lake",
+    json: JsonOption = False,
+) -> None:
+    """Write a model as folders that vLLM, transformers or Emu3's own code load."""
+    from jobs.export import export as run
+    from jobs.export import form_named
+
+    report = run(_open(lake), checkpoint, folder, form_named(form))
+    _answer(report, json, f"export {report.checkpoint_id} as {report.form}: {', '.join(report.folders)}")
+
+
+@app.command()
 def sql(
     query: Annotated[str, typer.Argument(help="SQL over the lake's tables, read-only.")],
     at: Annotated[

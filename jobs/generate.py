@@ -39,6 +39,8 @@ class GenerateRecipe(Config):
     video_t: int = Field(default=4, gt=0)
     fps: float = Field(default=24.0, gt=0)
     batch_size: int = Field(default=8, gt=0)
+    lookahead: int = Field(default=8, ge=0)
+    """Codes guessed and checked in each pass: the same codes in fewer passes."""
     sampling: SamplingConfig = SamplingConfig()
 
 
@@ -65,7 +67,9 @@ class Generation:
 
 
 @dataclass(frozen=True, eq=False)
-class _Models:
+class Models:
+    """A language model checkpoint of the lake, loaded, with the vision tokenizer whose codes it learnt."""
+
     checkpoint: Mapping[str, Any]
     tokenizer_id: str
     lm: LanguageModel
@@ -77,7 +81,7 @@ def generate(lake: Lake, asks: Sequence[Ask], checkpoint: str, recipe: GenerateR
 
     Raises: ConfigError for an unknown checkpoint or clip, or a size the model has no room for.
     """
-    models = _load(lake, checkpoint)
+    models = load_models(lake, checkpoint)
     requests = [_request(lake, ask, recipe, models.tokenizer_id) for ask in asks]
     checkpoint_id = models.checkpoint["checkpoint_id"]
     ids = [_generation_id(a, r, recipe, checkpoint_id) for a, r in zip(asks, requests, strict=True)]
@@ -90,7 +94,9 @@ def generate(lake: Lake, asks: Sequence[Ask], checkpoint: str, recipe: GenerateR
         for start in range(0, len(todo), recipe.batch_size):
             part = todo[start : start + recipe.batch_size]
             try:
-                drawn = generate_vision(models.lm, [requests[index] for index in part], recipe.sampling)
+                drawn = generate_vision(
+                    models.lm, [requests[index] for index in part], recipe.sampling, lookahead=recipe.lookahead
+                )
             except DocumentError as error:  # a prompt or a rate that no document can hold
                 raise ConfigError(str(error)) from error
             tokens |= {ids[index]: document for index, document in zip(part, drawn, strict=True)}
@@ -101,7 +107,8 @@ def generate(lake: Lake, asks: Sequence[Ask], checkpoint: str, recipe: GenerateR
     return generations
 
 
-def _load(lake: Lake, checkpoint: str) -> _Models:
+def load_models(lake: Lake, checkpoint: str) -> Models:
+    """A checkpoint's id, the beginning of one, or `latest` -> its networks. Raises: ConfigError if there is none."""
     row = checkpoint_row(lake, checkpoint, "pretrain")
     sets = lake.read_where(SEQUENCE_SETS, "seqset_id", [str(row["data_id"])], ["tokenizer_id"])
     if not len(sets):
@@ -111,7 +118,7 @@ def _load(lake: Lake, checkpoint: str) -> _Models:
     tokenizer_id = sets["tokenizer_id"][0].as_py()
     tokenizer = lake.read_where(TOKENIZERS, "tokenizer_id", [tokenizer_id]).to_pylist()[0]
     lm = load_language_model(Path(str(row["uri"])))
-    return _Models(row, tokenizer_id, lm, load_vision_tokenizer(Path(tokenizer["uri"])))
+    return Models(row, tokenizer_id, lm, load_vision_tokenizer(Path(tokenizer["uri"])))
 
 
 def _request(lake: Lake, ask: Ask, recipe: GenerateRecipe, tokenizer_id: str) -> VisionRequest:
@@ -148,7 +155,7 @@ def _stored(lake: Lake, ids: Sequence[str]) -> dict[str, Tokens]:
     return {row["generation_id"]: np.frombuffer(row["tokens"], "<u4").astype(np.uint32) for row in rows}
 
 
-def _generation(lake: Lake, models: _Models, generation_id: str, ask: Ask, tokens: Tokens) -> Generation:
+def _generation(lake: Lake, models: Models, generation_id: str, ask: Ask, tokens: Tokens) -> Generation:
     """Tokens -> frames, and the file if it is not there: a killed run may have left the row without its file, or half."""
     document = parse_document(tokens, models.lm.vocabulary, models.lm.text)
     if not isinstance(document, VisionDocument):
@@ -180,7 +187,7 @@ def decode_codes(vision: VisionTokenizer, codes: npt.NDArray[Any], kind: str) ->
 
 
 def _row(
-    generation: Generation, request: VisionRequest, recipe: GenerateRecipe, models: _Models, tokens: Tokens
+    generation: Generation, request: VisionRequest, recipe: GenerateRecipe, models: Models, tokens: Tokens
 ) -> dict[str, object]:
     ask = generation.ask
     t, h, w = request.grid
