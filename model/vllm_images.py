@@ -1,0 +1,202 @@
+"""Images and clips through vLLM, unpatched: the exported Llama, guidance by paired requests, the grammar as a logits processor.
+
+Each request runs twice, with its prompt and with the negative one, under one seed. The processor finds both rows in the batch,
+combines their scores, leaves what the grammar allows, and writes the same scores to both, so that both draw the same token.
+If vLLM ever has one of them a token ahead of the other, nothing sensible could be drawn, and the processor stops the engine.
+
+Shapes: V ids.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm import LLM, SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+
+from model.generate import VisionRequest
+from model.sampling import SamplingConfig, guide
+from model.weights import LanguageModel
+from schemas.document import Grammar, MetaTemplate, Tokens, prompt_tokens
+from schemas.vocabulary import Vocabulary
+
+ARGUMENT = "outback"  # of SamplingParams.extra_args
+PROMPT_TOKENS = 512  # room for both prompts of every pair in one pass, so that they begin together
+
+
+@dataclass(frozen=True)
+class VllmImagesConfig:
+    """How large the engine is. `max_pairs` requests run at once, each as two sequences when there is guidance."""
+
+    max_pairs: int = 8
+    dtype: str = "auto"
+    gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = False
+    cpu_kv_cache_gb: int = 4
+
+
+@dataclass(eq=False)
+class _Row:
+    """One sequence of the batch. `written` is vLLM's own list and grows with it."""
+
+    pair: int
+    is_negative: bool
+    guidance: float
+    layout: npt.NDArray[np.int64]
+    vision_offset: int
+    written: list[int]
+
+
+class VisionGrammar(LogitsProcessor):  # type: ignore[misc]  # vLLM has no types
+    """Guidance and grammar for the rows that ask for them. vLLM makes it, once per engine."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self._rows: dict[int, _Row] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        """The grammar forbids what is likeliest."""
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follow the rows as they come, go and move."""
+        if batch_update is None:
+            return
+        for index in batch_update.removed:
+            self._rows.pop(index, None)
+        for index, params, _, written in batch_update.added:
+            self._rows.pop(index, None)
+            asked = (params.extra_args or {}).get(ARGUMENT)
+            if asked is not None:
+                self._rows[index] = _row(asked, written)
+        for source, target, direction in batch_update.moved:
+            moving, replaced = self._rows.pop(source, None), self._rows.pop(target, None)
+            if moving is not None:
+                self._rows[target] = moving
+            if replaced is not None and direction is MoveDirectionality.SWAP:
+                self._rows[source] = replaced
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Scores of the batch (rows, V) -> the same, guided and held to the grammar in the rows that ask for it.
+
+        Raises: RuntimeError if one of a pair is missing or a token ahead.
+        """
+        for members in self._pairs().values():
+            (index, row), place = members[0], len(members[0][1].written)
+            if len(members) != (1 if row.guidance == 1 else 2) or any(len(r.written) != place for _, r in members):
+                found = [(r.is_negative, len(r.written)) for _, r in members]
+                raise RuntimeError(f"vLLM has separated the pair {row.pair}: {found} tokens written; lower max_pairs")
+            indices = [member for member, _ in members]
+            forced = int(row.layout[place]) if place < len(row.layout) else int(row.layout[-1])
+            codes = slice(row.vision_offset, None)
+            scores = logits[index, codes].float()
+            if len(members) == 2:
+                scores = guide(scores, logits[indices[1], codes].float(), row.guidance)
+            logits[indices] = -torch.inf
+            if forced >= 0:
+                logits[indices, forced] = 0.0
+            else:
+                logits[indices, codes] = scores.to(logits.dtype)
+        return logits
+
+    def _pairs(self) -> dict[int, list[tuple[int, _Row]]]:
+        pairs: dict[int, list[tuple[int, _Row]]] = {}
+        for index, row in sorted(self._rows.items(), key=lambda item: item[1].is_negative):
+            pairs.setdefault(row.pair, []).append((index, row))
+        return pairs
+
+
+class VllmImages:
+    """An engine on a folder that `export_language_model` wrote as a Llama. Close it to end its processes."""
+
+    def __init__(self, folder: Path, lm: LanguageModel, config: VllmImagesConfig) -> None:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.cpu_kv_cache_gb))
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        self._vocabulary, self._text, self._max_pairs = lm.vocabulary, lm.text, config.max_pairs
+        length = lm.transformer.config.max_position_embeddings
+        self._llm = LLM(
+            str(folder),
+            skip_tokenizer_init=True,
+            dtype=config.dtype,
+            max_num_seqs=2 * config.max_pairs,
+            max_num_batched_tokens=max(length, 2 * config.max_pairs * PROMPT_TOKENS),
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            enforce_eager=config.enforce_eager,
+            logits_processors=[f"{VisionGrammar.__module__}:{VisionGrammar.__name__}"],
+        )
+
+    def generate(
+        self,
+        requests: Sequence[VisionRequest],
+        sampling: SamplingConfig,
+        *,
+        meta: MetaTemplate = MetaTemplate.OUTBACK,
+    ) -> list[Tokens]:
+        """Requests -> the tokens of each whole document, BOS to EOS, uint32; they always parse.
+
+        Draws are vLLM's: a seed gives other codes than `generate_vision` gives, unless the temperature is 0.
+
+        Raises: DocumentError if a request is contradictory; RuntimeError if a pair came apart.
+        """
+        documents: list[Tokens] = []
+        for start in range(0, len(requests), self._max_pairs):
+            part = requests[start : start + self._max_pairs]
+            sequences = [self._sequences(pair, request, sampling, meta) for pair, request in enumerate(part)]
+            prompts = [{"prompt_token_ids": prompt.tolist()} for pair in sequences for prompt, _ in pair]
+            outputs = iter(
+                self._llm.generate(prompts, [params for pair in sequences for _, params in pair], use_tqdm=False)
+            )
+            for pair in sequences:
+                written = [list(next(outputs).outputs[0].token_ids) for _ in pair]
+                if any(tokens != written[0] for tokens in written):
+                    raise RuntimeError("vLLM drew other tokens for the two sequences of a pair")
+                documents.append(np.concatenate([pair[0][0], np.asarray(written[0], np.uint32)]))
+        return documents
+
+    def _sequences(
+        self, pair: int, request: VisionRequest, sampling: SamplingConfig, meta: MetaTemplate
+    ) -> list[tuple[Tokens, SamplingParams]]:
+        """Prompt and parameters with the prompt, and with guidance also with the negative one."""
+        t, h, w = request.grid
+        grammar = Grammar(self._vocabulary, request.kind, request.grid, meta)
+        context = grammar.write(
+            np.zeros((0, h, w), np.int64) if request.context_codes is None else request.context_codes
+        )
+        sequences = []
+        for negative in (False,) if sampling.guidance == 1 else (False, True):
+            caption = sampling.negative_prompt if negative else request.prompt
+            prompt = prompt_tokens(
+                caption, request.kind, request.grid, request.fps, self._vocabulary, self._text, meta=meta
+            )
+            asked = {
+                "pair": pair, "negative": negative, "guidance": sampling.guidance, "kind": request.kind, "grid": [t, h, w],
+                "meta": meta.value, "given": len(context), "num_text": self._vocabulary.num_text,
+                "num_codes": self._vocabulary.num_codes,
+            }  # fmt: skip
+            params = SamplingParams(
+                temperature=sampling.temperature,
+                top_k=sampling.top_k or 0,
+                top_p=sampling.top_p,
+                seed=request.seed,
+                max_tokens=grammar.length - len(context),
+                ignore_eos=True,
+                detokenize=False,
+                extra_args={ARGUMENT: asked},
+            )
+            sequences.append((np.concatenate([prompt, context]), params))
+        return sequences
+
+    def close(self) -> None:
+        """Ends the engine's processes."""
+        self._llm.llm_engine.engine_core.shutdown()
+
+
+def _row(asked: dict[str, Any], written: list[int]) -> _Row:
+    vocabulary = Vocabulary(asked["num_text"], asked["num_codes"])
+    grammar = Grammar(vocabulary, asked["kind"], tuple(asked["grid"]), MetaTemplate(asked["meta"]))
+    layout = grammar.layout[asked["given"] :]
+    return _Row(asked["pair"], asked["negative"], asked["guidance"], layout, vocabulary.vision_offset, written)
