@@ -15,7 +15,7 @@ from pydantic import Field
 from jobs.checkpoints import checkpoint_row
 from jobs.progress import progress
 from jobs.run import recorded
-from model.generate import VisionRequest, generate_vision
+from model.generate import VisionRequest, Window, generate_vision
 from model.sampling import SamplingConfig
 from model.vision_tokenizer.pixels import rgb_from_pixels
 from model.vision_tokenizer.tokenizer import VisionTokenizer
@@ -41,6 +41,10 @@ class GenerateRecipe(Config):
     batch_size: int = Field(default=8, gt=0)
     lookahead: int = Field(default=8, ge=0)
     """Codes guessed and checked in each pass: the same codes in fewer passes."""
+    window_t: int | None = Field(default=None, ge=2)
+    """Latent frames of a clip that are drawn in one document; unset, as many as the model's context holds."""
+    keep_t: int = Field(default=12, ge=1)
+    """With how many of its last latent frames a clip goes on in a new document."""
     sampling: SamplingConfig = SamplingConfig()
 
 
@@ -95,7 +99,11 @@ def generate(lake: Lake, asks: Sequence[Ask], checkpoint: str, recipe: GenerateR
             part = todo[start : start + recipe.batch_size]
             try:
                 drawn = generate_vision(
-                    models.lm, [requests[index] for index in part], recipe.sampling, lookahead=recipe.lookahead
+                    models.lm,
+                    [requests[index] for index in part],
+                    recipe.sampling,
+                    lookahead=recipe.lookahead,
+                    window=Window(recipe.window_t, recipe.keep_t),
                 )
             except DocumentError as error:  # a prompt or a rate that no document can hold
                 raise ConfigError(str(error)) from error
@@ -145,8 +153,9 @@ def _request(lake: Lake, ask: Ask, recipe: GenerateRecipe, tokenizer_id: str) ->
 def _generation_id(ask: Ask, request: VisionRequest, recipe: GenerateRecipe, checkpoint_id: str) -> str:
     context = "" if request.context_codes is None else request.context_codes.astype("<u2").tobytes().hex()
     sampling = recipe.sampling.model_dump(mode="json")
+    window = [] if (recipe.window_t, recipe.keep_t) == (None, 12) else [recipe.window_t, recipe.keep_t]
     return short_hash(
-        [ask.prompt, ask.kind, ask.seed, list(request.grid), request.fps, context, sampling, checkpoint_id]
+        [ask.prompt, ask.kind, ask.seed, list(request.grid), request.fps, context, sampling, checkpoint_id, *window]
     )
 
 

@@ -37,6 +37,22 @@ class VisionRequest:
     context_codes: IntArray | None = None
 
 
+@dataclass(frozen=True)
+class Window:
+    """How clips longer than one document are drawn: `num_frames` latent frames at once (None: as many as the context
+    holds), each time beginning with the last `num_kept` of those that are there, at most half of the window.
+
+    Paper: Emu3 report, section 3.4, extends clips of 2 s so; 12 latent frames are 2 s at 24 frames per second.
+    """
+
+    num_frames: int | None = None
+    num_kept: int = 12
+
+    def __post_init__(self) -> None:
+        if self.num_kept < 1 or (self.num_frames is not None and self.num_frames < 2):
+            raise ValueError(f"found {self}, expected at least 1 frame kept of a window of at least 2")
+
+
 @dataclass(eq=False)
 class _Sequence:
     """A request on its way: `written` is what is decided after IMG, of which the network has seen all but `queue`.
@@ -51,6 +67,7 @@ class _Sequence:
     grammar: Grammar
     prompts: list[Tokens]  # up to IMG: with the prompt, and with guidance also with the negative prompt
     uniforms: Tensor  # one for each code of the grid, so that a place's draw does not depend on the context
+    num_given: int  # latent frames that were there
     num_missing: int  # codes still to choose
     written: list[int] = field(default_factory=list)
     queue: list[int] = field(default_factory=list)
@@ -104,9 +121,6 @@ class _Sequence:
         start = len(self.uniforms) - self.num_missing
         return self.uniforms[start : start + len(self.drafts) + 1]
 
-    def document(self) -> Tokens:
-        return np.concatenate([self.prompts[0], np.asarray(self.written, np.uint32)])
-
 
 @torch.no_grad()
 def generate_vision(
@@ -117,49 +131,109 @@ def generate_vision(
     *,
     meta: MetaTemplate = MetaTemplate.OUTBACK,
     lookahead: int = 0,
+    window: Window = Window(),
 ) -> list[Tokens]:
     """Requests -> the tokens of each whole document, BOS to EOS, uint32; they always parse.
 
     All requests are one batch, with both guidance branches in the same forward pass. Only ids of codes are scored;
     tokens that the grammar forces are fed along with the code before them. `lookahead` codes are guessed and checked in each
-    pass: the codes are the same, and the passes fewer.
+    pass: the codes are the same, and the passes fewer. A clip of more frames than the window holds is drawn window by window.
 
-    Raises: ConfigError if a document is longer than the model's context; DocumentError if a request is contradictory;
+    Raises: ConfigError if a document does not fit into the model's context; DocumentError if a request is contradictory;
         RuntimeError in train mode.
     """
     if lm.transformer.training:
         raise RuntimeError("the transformer is in train mode, expected eval mode: call .eval() first")
-    sequences = [_start(lm, request, sampling, meta) for request in requests]
-    total = sum(sequence.num_missing for sequence in sequences)
-    active = [sequence for sequence in sequences if sequence.num_missing]
-    if active:
-        _decode(lm, active, sampling, lookahead, lambda left: on_progress(total - left, total) if on_progress else None)
-    return [sequence.document() for sequence in sequences]
+    clips = [_Clip(lm, request, sampling, meta, window) for request in requests]
+    total = left = sum(clip.num_missing for clip in clips)
+    while going := [clip for clip in clips if clip.num_missing]:
+        sequences = [clip.next_window() for clip in going]
+        later = left - sum(sequence.num_missing for sequence in sequences)
+
+        def on_left(missing: int, later: int = later) -> None:
+            if on_progress is not None:
+                on_progress(total - later - missing, total)
+
+        _decode(lm, sequences, sampling, lookahead, on_left)
+        left = later
+        for clip, sequence in zip(going, sequences, strict=True):
+            clip.take(sequence)
+    return [clip.document() for clip in clips]
 
 
-def _start(lm: LanguageModel, request: VisionRequest, sampling: SamplingConfig, meta: MetaTemplate) -> _Sequence:
-    grammar = Grammar(lm.vocabulary, request.kind, request.grid, meta)
-    captions = [request.prompt] if sampling.guidance == 1 else [request.prompt, sampling.negative_prompt]
-    prompts = [
-        prompt_tokens(caption, request.kind, request.grid, request.fps, lm.vocabulary, lm.text, meta=meta)
-        for caption in captions
-    ]
-    longest, limit = max(map(len, prompts)) + grammar.length, lm.transformer.config.max_position_embeddings
-    if longest > limit:
-        raise ConfigError(
-            f"found a document of {longest} tokens for the grid {request.grid}, expected at most {limit}, the model's "
-            "context: ask for fewer latent frames or a smaller grid, or continue a clip from its last frames"
-        )
-    context_codes = (
-        np.zeros((0, *request.grid[1:]), np.int64) if request.context_codes is None else request.context_codes
-    )
-    context = grammar.write(context_codes)
-    t, h, w = request.grid
-    generator = torch.Generator().manual_seed(request.seed)
-    uniforms = torch.rand(t * h * w, generator=generator, dtype=torch.float64)
-    sequence = _Sequence(grammar, prompts, uniforms, len(uniforms) - context_codes.size)
-    sequence.write(context.tolist())
-    return sequence
+class _Clip:
+    """A request, and the codes that it has so far."""
+
+    def __init__(
+        self, lm: LanguageModel, request: VisionRequest, sampling: SamplingConfig, meta: MetaTemplate, window: Window
+    ) -> None:
+        self._lm, self._request, self._meta = lm, request, meta
+        self._captions = [request.prompt] if sampling.guidance == 1 else [request.prompt, sampling.negative_prompt]
+        t, h, w = request.grid
+        grammar = Grammar(lm.vocabulary, request.kind, request.grid, meta)
+        given = np.zeros((0, h, w), np.int64) if request.context_codes is None else request.context_codes
+        grammar.write(given)  # whether it fits
+        self._codes = given.astype(np.int64)
+        # One for each code of the whole clip, so that a place's draw depends neither on the context nor on the window.
+        generator = torch.Generator().manual_seed(request.seed)
+        self._uniforms = torch.rand(t * h * w, generator=generator, dtype=torch.float64)
+        fitting = 1 + (self._limit - self._length(1)) // grammar.frame_length
+        self._window_t = max(1, min(t, window.num_frames or t, fitting))
+        if self._length(self._window_t) > self._limit:  # more frames, longer meta text
+            self._window_t = max(1, self._window_t - 1)
+        self._keep_t = min(window.num_kept, self._window_t // 2)
+        if self._length(self._window_t) > self._limit or (self._window_t < t and not self._keep_t):
+            found, shortest = self._length(min(t, 2)), (min(t, 2), h, w)
+            raise ConfigError(
+                f"found a document of {found} tokens for the grid {shortest}, expected at most {self._limit}, the model's "
+                "context: ask for a smaller grid"
+            )
+
+    @property
+    def _limit(self) -> int:
+        return self._lm.transformer.config.max_position_embeddings
+
+    def _length(self, num_frames: int) -> int:
+        """Tokens of a window of so many latent frames, of the longer branch."""
+        grammar = self._grammar(num_frames)
+        return max(len(prompt) for prompt in self._prompts(grammar)) + grammar.length
+
+    def _grammar(self, num_frames: int) -> Grammar:
+        return Grammar(self._lm.vocabulary, self._request.kind, (num_frames, *self._request.grid[1:]), self._meta)
+
+    def _prompts(self, grammar: Grammar) -> list[Tokens]:
+        vocabulary, text, fps = self._lm.vocabulary, self._lm.text, self._request.fps
+        return [
+            prompt_tokens(caption, grammar.kind, grammar.grid, fps, vocabulary, text, meta=self._meta)
+            for caption in self._captions
+        ]
+
+    @property
+    def num_missing(self) -> int:
+        """Codes still to choose."""
+        return len(self._uniforms) - self._codes.size
+
+    def next_window(self) -> _Sequence:
+        """What comes next as a document of its own, which begins with frames that are there."""
+        t, h, w = self._request.grid
+        start = 0 if t == self._window_t or len(self._codes) < self._window_t else len(self._codes) - self._keep_t
+        grammar = self._grammar(min(self._window_t, t - start))
+        given = self._codes[start:]
+        uniforms = self._uniforms[start * h * w : (start + grammar.grid[0]) * h * w]
+        sequence = _Sequence(grammar, self._prompts(grammar), uniforms, len(given), len(uniforms) - given.size)
+        sequence.write(grammar.write(given).tolist())
+        return sequence
+
+    def take(self, sequence: _Sequence) -> None:
+        """Add what was drawn."""
+        drawn = sequence.grammar.parse(np.asarray(sequence.written))
+        self._codes = np.concatenate([self._codes, drawn[sequence.num_given :]])
+
+    def document(self) -> Tokens:
+        grammar = self._grammar(self._request.grid[0])
+        return np.concatenate(
+            [self._prompts(grammar)[0], grammar.write(self._codes), [self._lm.vocabulary.eos]]
+        ).astype(np.uint32)
 
 
 def _decode(

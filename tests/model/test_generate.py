@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.generate import VisionRequest, generate_vision
+from model.generate import VisionRequest, Window, generate_vision
 from model.kv_cache import KvCache
 from model.sampling import SamplingConfig, guide
 from model.text_tokenizer import TinyBpe
@@ -163,6 +163,43 @@ def test_any_batch_of_grids_parses(lm: LanguageModel, forms: list[tuple[str, int
     ]
     for request, tokens in zip(requests, generate_vision(lm, requests, GUIDED if guided else GREEDY), strict=True):
         assert parsed(lm, tokens).grid == request.grid
+
+
+def test_long_clips_are_drawn_window_by_window(lm: LanguageModel) -> None:
+    """Each window is what a clip of its length, begun with the kept frames, gives; shorter ones are not touched."""
+    long = VisionRequest("x", "video", (7, 3, 3), fps=8, seed=4)
+    greedy = SamplingConfig(temperature=0, guidance=2.0)
+    steps: list[int] = []
+    window = Window(num_frames=4, num_kept=2)
+    made = generate_vision(lm, [long, REQUESTS[1]], greedy, lambda done, _: steps.append(done), window=window)
+    assert steps[-1] == 7 * 9 + 12
+    assert steps == sorted(steps)
+    assert made[1].tolist() == generate_vision(lm, [REQUESTS[1]], greedy)[0].tolist()
+    codes = parsed(lm, made[0]).codes
+    assert codes.shape == (7, 3, 3)
+    expected = np.zeros((0, 3, 3), np.int64)
+    for start, length in ((0, 4), (2, 4), (4, 3)):
+        part = VisionRequest("x", "video", (length, 3, 3), fps=8, context_codes=expected[start:])
+        expected = np.concatenate([expected[:start], parsed(lm, generate_vision(lm, [part], greedy)[0]).codes])
+    assert np.array_equal(codes, expected)
+
+
+def test_clips_longer_than_the_context_slide_by_themselves(lm: LanguageModel) -> None:
+    """The context of 256 tokens holds 5 frames of 6 x 6; the seed decides the rest too."""
+    request = VisionRequest("x", "video", (9, 6, 6), fps=8, seed=4, context_codes=np.zeros((6, 6, 6), np.int64))
+    made = [generate_vision(lm, [request], GUIDED, lookahead=ahead)[0] for ahead in (0, 5)]
+    assert made[0].tolist() == made[1].tolist()
+    document = parsed(lm, made[0])
+    assert len(made[0]) > lm.transformer.config.max_position_embeddings
+    assert document.codes.shape == (9, 6, 6)
+    assert not document.codes[:6].any()
+    assert len(np.unique(document.codes[6:])) > 3
+
+
+@pytest.mark.parametrize("wrong", [{"num_frames": 1}, {"num_kept": 0}])
+def test_windows_that_do_not_move_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="at least 1 frame kept"):
+        Window(**wrong)
 
 
 def test_a_whole_clip_of_context_is_left_as_it_is(lm: LanguageModel) -> None:
