@@ -1,6 +1,7 @@
 """Generation: documents always parse, seeds decide, the cache and the batch change nothing."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from model.sampling import SamplingConfig, guide
 from model.text_tokenizer import TinyBpe
 from model.transformer import Transformer, TransformerConfig
 from model.weights import LanguageModel
-from schemas.document import MetaTemplate, Tokens, VisionDocument, parse_document, prompt_tokens
+from schemas.document import Grammar, MetaTemplate, Tokens, VisionDocument, parse_document, prompt_tokens
 from schemas.errors import ConfigError
 from schemas.vocabulary import Vocabulary
 
@@ -145,6 +146,100 @@ def test_greedy_codes_are_those_of_full_passes(lm: LanguageModel, guidance: floa
         assert int(tokens[place]) - offset == int(guided.argmax())
         num_checked += 1
     assert num_checked == 12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_draws_have_the_distribution_of_the_model(guidance: float, lookahead: int) -> None:
+    """Three codes of five: all 125 outcomes, as often as the model's own probabilities say."""
+    stats = pytest.importorskip("scipy.stats")
+    vocabulary, num_draws, num_codes = Vocabulary(num_text=256, num_codes=5), 4000, 5
+    torch.manual_seed(5)
+    config = TransformerConfig(
+        vocab_size=vocabulary.size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+    )
+    transformer = Transformer(config).eval()
+    for tensor in transformer.state_dict().values():
+        tensor.normal_(std=0.2) if tensor.ndim > 1 else None
+    small = LanguageModel(transformer, vocabulary, TinyBpe.train([], 256))
+    grid = (1, 1, 3)
+
+    def log_probabilities(caption: str) -> torch.Tensor:
+        """Of each outcome, one row for each of its three codes."""
+        head = torch.from_numpy(prompt_tokens(caption, "image", grid, None, vocabulary, small.text).astype(np.int64))
+        outcomes = torch.cartesian_prod(*[torch.arange(num_codes)] * 3) + vocabulary.vision_offset
+        tokens = torch.cat([head.expand(len(outcomes), -1), outcomes], dim=1)
+        return transformer(tokens)[:, len(head) - 1 : -1, vocabulary.vision_offset :].log_softmax(dim=-1)
+
+    scores = guide(log_probabilities("a"), log_probabilities(""), guidance).log_softmax(dim=-1)
+    chosen = torch.cartesian_prod(*[torch.arange(num_codes)] * 3)
+    expected = scores.gather(2, chosen.unsqueeze(2)).sum(dim=(1, 2)).exp().double()
+    requests = [VisionRequest("a", "image", grid, seed=seed) for seed in range(num_draws)]
+    sampling = SamplingConfig(guidance=guidance, top_k=None)
+    found = torch.zeros(num_codes**3)
+    for start in range(0, num_draws, 500):
+        for tokens in generate_vision(small, requests[start : start + 500], sampling, lookahead=lookahead):
+            codes = parse_document(tokens, vocabulary, small.text).codes.ravel()  # type: ignore[union-attr]
+            found[int(codes @ np.array([num_codes**2, num_codes, 1]))] += 1
+    common = expected * num_draws >= 5  # the test's own condition; the rest are one cell
+    observed = [*found[common].tolist(), found[~common].sum().item()]
+    wanted = [*(expected[common] * num_draws).tolist(), (expected[~common].sum() * num_draws).item()]
+    assert int(common.sum()) > 30
+    assert stats.chisquare(observed, np.array(wanted) * (num_draws / sum(wanted))).pvalue > 0.01
+
+
+def test_a_trained_model_needs_half_the_passes() -> None:
+    """Pictures of a rectangle on a ground, learnt in seconds, and the codes the same with and without guesses."""
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        vocab_size=VOCABULARY.size, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2, num_kv_heads=2,
+        head_dim=32, dropout=0.0,
+    )  # fmt: skip
+    trained = LanguageModel(Transformer(config), VOCABULARY, TinyBpe.train([], 256))
+    grammar = Grammar(VOCABULARY, "image", (1, 8, 8))
+    head = prompt_tokens("", "image", grammar.grid, None, VOCABULARY, trained.text)
+    rng = np.random.default_rng(0)
+
+    def picture() -> Tokens:
+        codes = np.full((1, 8, 8), rng.integers(2))
+        top, left, height, width = (*rng.integers(0, 4, 2), *rng.integers(2, 5, 2))
+        codes[0, top : top + height, left : left + width] = rng.integers(2, 6)
+        return np.concatenate([head, grammar.write(codes)])
+
+    optimiser = torch.optim.AdamW(trained.transformer.parameters(), lr=3e-3)
+    for _ in range(120):
+        tokens = torch.from_numpy(np.stack([picture() for _ in range(16)]).astype(np.int64))
+        logits = trained.transformer(tokens[:, :-1])[:, len(head) - 1 :]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, len(head) :].flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    trained.transformer.eval()
+    num_passes, hidden = 0, trained.transformer.hidden
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal num_passes
+        num_passes += 1
+        return hidden(*args, **kwargs)
+
+    trained.transformer.hidden = counted  # type: ignore[method-assign]
+    drawn, passes = {}, {}
+    for lookahead in (0, 16):
+        num_passes = 0
+        requests = [VisionRequest("", "image", grammar.grid, seed=seed) for seed in range(10)]
+        sampling = SamplingConfig(guidance=1.0)
+        drawn[lookahead] = [generate_vision(trained, [r], sampling, lookahead=lookahead)[0].tolist() for r in requests]
+        passes[lookahead] = num_passes
+    assert drawn[0] == drawn[16]
+    assert passes[0] == 10 * 64
+    assert 2 * passes[16] <= passes[0]
 
 
 @settings(max_examples=15, deadline=None)
