@@ -93,7 +93,7 @@ class VisionGrammar(LogitsProcessor):  # type: ignore[misc]  # vLLM has no types
             indices = [member for member, _ in members]
             forced = int(row.layout[place]) if place < len(row.layout) else int(row.layout[-1])
             codes = slice(row.vision_offset, None)
-            scores = logits[index, codes].float()
+            scores = logits[index, codes].float().clone()  # what it is a view of is written to below
             if len(members) == 2:
                 scores = guide(scores, logits[indices[1], codes].float(), row.guidance)
             logits[indices] = -torch.inf
