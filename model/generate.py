@@ -4,6 +4,7 @@ Shapes: B rows of the batch (with guidance both branches of every request), R re
 D hidden.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.sampling import SamplingConfig, choose, guide
+from model.sampling import SamplingConfig, choose, guide, place_noise
 from model.weights import LanguageModel
 from schemas.document import Grammar, Grid, Kind, MetaTemplate, Tokens, prompt_tokens
 from schemas.errors import ConfigError
@@ -58,16 +59,17 @@ class _Sequence:
     """A request on its way: `written` is what is decided after IMG, of which the network has seen all but `queue`.
 
     `drafts` are guesses at the codes that come next. One pass feeds them along and gives the choice at each of their places.
-    A choice depends on its own number and on what stands before it, so it is final as soon as that is: guesses that come
+    A choice depends on its place's noise and on what stands before it, so it is final as soon as that is: guesses that come
     out as themselves are decided together, and the first one that does not is replaced by what it should have been. So the
-    codes are those of one pass for each, whatever is guessed. This is Jacobi decoding (as in arXiv 2410.01699), with a number
+    codes are those of one pass for each, whatever is guessed. This is Jacobi decoding (as in arXiv 2410.01699), with noise
     fixed for each place instead of random acceptance.
     """
 
     grammar: Grammar
     prompts: list[Tokens]  # up to IMG: with the prompt, and with guidance also with the negative prompt
-    uniforms: Tensor  # one for each code of the grid, so that a place's draw does not depend on the context
+    noise: "_Noise"
     num_given: int  # latent frames that were there
+    next_place: int  # of the clip's codes, the first that is not chosen
     num_missing: int  # codes still to choose
     written: list[int] = field(default_factory=list)
     queue: list[int] = field(default_factory=list)
@@ -105,6 +107,7 @@ class _Sequence:
         for choice in choices[: num_right + 1]:
             self.queue.clear()  # all but the last choice are among what the network has just seen
             self.write([choice])
+        self.next_place += num_right + 1
         self.num_missing -= num_right + 1
         return num_right + 1
 
@@ -116,10 +119,27 @@ class _Sequence:
             end += 1
         return [int(token) for token in layout[num_written:end]]
 
-    def numbers(self) -> Tensor:
-        """Those that decide the codes at the proposal's places."""
-        start = len(self.uniforms) - self.num_missing
-        return self.uniforms[start : start + len(self.drafts) + 1]
+    def places(self) -> range:
+        """Those of the clip's codes that the proposal's choices are for."""
+        return range(self.next_place, self.next_place + len(self.drafts) + 1)
+
+
+class _Noise:
+    """The noise of a request's places, one row for each code of the whole clip: neither the context nor the window nor what
+    is guessed ahead changes the draw at a place.
+    """
+
+    def __init__(self, seed: int, num_ids: int) -> None:
+        self._seed, self._num_ids = seed, num_ids
+        self._rows: dict[int, Tensor] = {}
+
+    def rows(self, places: range) -> list[Tensor]:
+        """A row (V,) for each of the places. Those that were asked for last are at hand: guesses are checked again."""
+        self._rows = {
+            place: self._rows[place] if place in self._rows else place_noise(self._seed, place, self._num_ids)
+            for place in places
+        }
+        return list(self._rows.values())
 
 
 @torch.no_grad()
@@ -174,9 +194,7 @@ class _Clip:
         given = np.zeros((0, h, w), np.int64) if request.context_codes is None else request.context_codes
         grammar.write(given)  # whether it fits
         self._codes = given.astype(np.int64)
-        # One for each code of the whole clip, so that a place's draw depends neither on the context nor on the window.
-        generator = torch.Generator().manual_seed(request.seed)
-        self._uniforms = torch.rand(t * h * w, generator=generator, dtype=torch.float64)
+        self._noise = _Noise(request.seed, lm.vocabulary.num_codes)
         fitting = 1 + (self._limit - self._length(1)) // grammar.frame_length
         self._window_t = max(1, min(t, window.num_frames or t, fitting))
         if self._length(self._window_t) > self._limit:  # more frames, longer meta text
@@ -211,16 +229,18 @@ class _Clip:
     @property
     def num_missing(self) -> int:
         """Codes still to choose."""
-        return len(self._uniforms) - self._codes.size
+        return math.prod(self._request.grid) - self._codes.size
 
     def next_window(self) -> _Sequence:
         """What comes next as a document of its own, which begins with frames that are there."""
-        t, h, w = self._request.grid
+        t = self._request.grid[0]
         start = 0 if t == self._window_t or len(self._codes) < self._window_t else len(self._codes) - self._keep_t
         grammar = self._grammar(min(self._window_t, t - start))
         given = self._codes[start:]
-        uniforms = self._uniforms[start * h * w : (start + grammar.grid[0]) * h * w]
-        sequence = _Sequence(grammar, self._prompts(grammar), uniforms, len(given), len(uniforms) - given.size)
+        num_missing = math.prod(grammar.grid) - given.size
+        sequence = _Sequence(
+            grammar, self._prompts(grammar), self._noise, len(given), self._codes.size, num_missing
+        )
         sequence.write(grammar.write(given).tolist())
         return sequence
 
@@ -288,6 +308,9 @@ def _choices(
     if len(asked) > len(active):
         conditional_NV, unconditional_NV = scores_NV.chunk(2)
         scores_NV = guide(conditional_NV, unconditional_NV, sampling.guidance)
-    uniforms_N = torch.cat([sequence.numbers() for sequence in active]).to(device)
-    chosen = iter((choose(scores_NV, uniforms_N, sampling) + lm.vocabulary.vision_offset).tolist())
+    noise_NV = None
+    if sampling.temperature > 0:
+        noise = [row_V for sequence in active for row_V in sequence.noise.rows(sequence.places())]
+        noise_NV = torch.stack(noise).to(device)
+    chosen = iter((choose(scores_NV, noise_NV, sampling) + lm.vocabulary.vision_offset).tolist())
     return [[next(chosen) for _ in places] for places in asked[: len(active)]]

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from model.sampling import DrawConfig, choose
+from model.sampling import DrawConfig, choose, place_noise
 from model.weights import LanguageModel
 from schemas.document import Tokens
 from schemas.errors import ConfigError
@@ -49,11 +48,10 @@ def generate_text(
     if longest >= limit:
         raise ConfigError(f"found a prompt of {longest} tokens, expected fewer than {limit}, the model's context")
     num_new = min(config.max_new_tokens, limit - longest)
-    generators = [torch.Generator().manual_seed(seed) for seed in (seeds or [0] * len(prompts))]
-    if len(generators) != len(prompts):
-        raise ValueError(f"found {len(generators)} seeds for {len(prompts)} prompts, expected one each")
-    uniforms_BL = torch.stack([torch.rand(num_new, generator=g, dtype=torch.float64) for g in generators])
-    answers = _decode(lm, [prompt.tolist() for prompt in prompts], uniforms_BL, config)
+    seeds = seeds or [0] * len(prompts)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"found {len(seeds)} seeds for {len(prompts)} prompts, expected one each")
+    answers = _decode(lm, [prompt.tolist() for prompt in prompts], seeds, num_new, config)
     eos = lm.vocabulary.eos
     return [
         Answer(lm.text.decode(answer[:-1]), True) if answer[-1] == eos else Answer(lm.text.decode(answer), False)
@@ -61,21 +59,26 @@ def generate_text(
     ]
 
 
-def _decode(lm: LanguageModel, prompts: list[list[int]], uniforms_BL: Tensor, config: AnswerConfig) -> list[list[int]]:
+def _decode(
+    lm: LanguageModel, prompts: list[list[int]], seeds: Sequence[int], num_new: int, config: AnswerConfig
+) -> list[list[int]]:
     transformer, vocabulary = lm.transformer, lm.vocabulary
     device = transformer.lm_head.weight.device
     width = max(map(len, prompts))
     tokens_BL = torch.tensor([prompt + [vocabulary.pad] * (width - len(prompt)) for prompt in prompts], device=device)
     ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
-    cache = transformer.new_cache(len(prompts), width + uniforms_BL.shape[1])
+    cache = transformer.new_cache(len(prompts), width + num_new)
     answers: list[list[int]] = [[] for _ in prompts]
     active = list(range(len(prompts)))
-    for uniforms_B in uniforms_BL.T:
+    for place in range(num_new):
         hidden_BLD = transformer.hidden(tokens_BL, kv_cache=cache)
         cache.forget((hidden_BLD.shape[1] - 1 - ends).tolist())
         scores_BV = transformer.logits(hidden_BLD[torch.arange(len(ends)), ends], slice(0, vocabulary.eos + 1))
         scores_BV[:, lm.text.num_text : vocabulary.eos] = -torch.inf
-        chosen = choose(scores_BV, uniforms_B[active].to(device), config).tolist()
+        noise_BV = None
+        if config.temperature > 0:
+            noise_BV = torch.stack([place_noise(seeds[row], place, vocabulary.eos + 1) for row in active]).to(device)
+        chosen = choose(scores_BV, noise_BV, config).tolist()
         for row, token in zip(active, chosen, strict=True):
             answers[row].append(token)
         going = [index for index, token in enumerate(chosen) if token != vocabulary.eos]

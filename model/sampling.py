@@ -3,6 +3,7 @@
 Shapes: R requests, V ids that may come next.
 """
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -64,16 +65,21 @@ def keep_likely(scores_RV: Tensor, top_k: int | None, top_p: float) -> Tensor:
     return scores_RV
 
 
-def choose(scores_RV: Tensor, uniforms_R: Tensor, config: DrawConfig) -> Tensor:
-    """Scores and one number in [0, 1) each -> the chosen index of each row, int64.
+def place_noise(seed: int, place: int, num_ids: int) -> Tensor:
+    """Gumbel noise of one place of one sample (V,), float64: always the same, whatever was drawn before or beside it."""
+    key = np.array([seed % 2**64, place], np.uint64)
+    generator = np.random.Generator(np.random.Philox(key=key))
+    uniforms_V = torch.from_numpy(generator.random(num_ids)).clamp_min_(torch.finfo(torch.float64).tiny)
+    return -torch.log(-torch.log(uniforms_V))
 
-    The number is looked up on the cumulative distribution, so a row's choice depends on its own number and scores.
+
+def choose(scores_RV: Tensor, noise_RV: Tensor | None, config: DrawConfig) -> Tensor:
+    """Scores and the noise of each row's place -> the chosen index of each row, int64. Temperature 0 needs no noise.
+
+    The largest sum of score and Gumbel noise is a draw from the scores' distribution. Nothing is summed over the ids, so
+    another order of additions inside the network changes a choice only where two sums are as good as equal.
     """
-    if config.temperature == 0:
+    if config.temperature == 0 or noise_RV is None:
         return scores_RV.argmax(dim=-1)
     scores_RV = keep_likely(scores_RV / config.temperature, config.top_k, config.top_p)
-    # Float64: over 32,768 ids a float32 sum is off by as much as a rare id weighs.
-    cumulative_RV = scores_RV.double().softmax(dim=-1).cumsum(dim=-1)
-    # A hair below 1, so that rounding never looks past the last possible id.
-    targets_R1 = uniforms_R.double().clamp_max(1 - 2**-40).unsqueeze(-1) * cumulative_RV[..., -1:]
-    return torch.searchsorted(cumulative_RV, targets_R1, right=True).squeeze(-1)
+    return (scores_RV + noise_RV).argmax(dim=-1)
