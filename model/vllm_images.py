@@ -8,7 +8,8 @@ Shapes: V ids.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,14 @@ from model.generate import VisionRequest
 from model.sampling import SamplingConfig, guide
 from model.weights import LanguageModel
 from schemas.document import Grammar, MetaTemplate, Tokens, prompt_tokens
+from schemas.errors import ConfigError
 from schemas.vocabulary import Vocabulary
 
 ARGUMENT = "outback"  # of SamplingParams.extra_args
-PROMPT_TOKENS = 512  # room for both prompts of every pair in one pass, so that they begin together
+# All prompts of a batch go through in one pass, so that pairs begin together: room for these many tokens of each, and for
+# two that fill the context, unless that is more than memory for one pass should be set aside for.
+PROMPT_TOKENS = 512
+LONGEST_PROMPTS = 32_768
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,10 @@ class VllmImagesConfig:
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
     cpu_kv_cache_gb: int = 4
+
+
+# Prompt and parameters of one sequence, or of two when there is guidance.
+_Pair = list[tuple[Tokens, SamplingParams]]
 
 
 @dataclass(eq=False)
@@ -117,17 +126,20 @@ class VllmImages:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.cpu_kv_cache_gb))
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         self._vocabulary, self._text, self._max_pairs = lm.vocabulary, lm.text, config.max_pairs
-        length = lm.transformer.config.max_position_embeddings
-        self._llm = LLM(
-            str(folder),
-            skip_tokenizer_init=True,
-            dtype=config.dtype,
-            max_num_seqs=2 * config.max_pairs,
-            max_num_batched_tokens=max(length, 2 * config.max_pairs * PROMPT_TOKENS),
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            enforce_eager=config.enforce_eager,
-            logits_processors=[f"{VisionGrammar.__module__}:{VisionGrammar.__name__}"],
-        )
+        context = lm.transformer.config.max_position_embeddings
+        self._max_prompt_tokens = max(2 * config.max_pairs * PROMPT_TOKENS, min(2 * context, LONGEST_PROMPTS))
+        # The scheduler in this process: in one of its own it runs as soon as the first of a pair has reached it.
+        with _environment("VLLM_ENABLE_V1_MULTIPROCESSING", "0"):
+            self._llm = LLM(
+                str(folder),
+                skip_tokenizer_init=True,
+                dtype=config.dtype,
+                max_num_seqs=2 * config.max_pairs,
+                max_num_batched_tokens=self._max_prompt_tokens,
+                gpu_memory_utilization=config.gpu_memory_utilization,
+                enforce_eager=config.enforce_eager,
+                logits_processors=[f"{VisionGrammar.__module__}:{VisionGrammar.__name__}"],
+            )
 
     def generate(
         self,
@@ -140,26 +152,44 @@ class VllmImages:
 
         Draws are vLLM's: a seed gives other codes than `generate_vision` gives, unless the temperature is 0.
 
-        Raises: DocumentError if a request is contradictory; RuntimeError if a pair came apart.
+        Raises: DocumentError if a request is contradictory; ConfigError if its prompts are too long for one pass;
+            RuntimeError if a pair came apart.
         """
         documents: list[Tokens] = []
-        for start in range(0, len(requests), self._max_pairs):
-            part = requests[start : start + self._max_pairs]
-            sequences = [self._sequences(pair, request, sampling, meta) for pair, request in enumerate(part)]
-            prompts = [{"prompt_token_ids": prompt.tolist()} for pair in sequences for prompt, _ in pair]
+        sequences = [self._sequences(pair, request, sampling, meta) for pair, request in enumerate(requests)]
+        for batch in self._batches(sequences):
+            prompts = [{"prompt_token_ids": prompt.tolist()} for pair in batch for prompt, _ in pair]
             outputs = iter(
-                self._llm.generate(prompts, [params for pair in sequences for _, params in pair], use_tqdm=False)
+                self._llm.generate(prompts, [params for pair in batch for _, params in pair], use_tqdm=False)
             )
-            for pair in sequences:
+            for pair in batch:
                 written = [list(next(outputs).outputs[0].token_ids) for _ in pair]
                 if any(tokens != written[0] for tokens in written):
                     raise RuntimeError("vLLM drew other tokens for the two sequences of a pair")
                 documents.append(np.concatenate([pair[0][0], np.asarray(written[0], np.uint32)]))
         return documents
 
+    def _batches(self, sequences: Sequence[_Pair]) -> list[list[_Pair]]:
+        """What can begin in one pass."""
+        batches: list[list[_Pair]] = []
+        room = 0
+        for pair in sequences:
+            length = sum(len(prompt) for prompt, _ in pair)
+            if length > self._max_prompt_tokens:
+                raise ConfigError(
+                    f"found {length} tokens in the two prompts of a request, expected at most {self._max_prompt_tokens}: "
+                    "give fewer latent frames to continue"
+                )
+            if not batches or length > room or len(batches[-1]) == self._max_pairs:
+                batches.append([])
+                room = self._max_prompt_tokens
+            batches[-1].append(pair)
+            room -= length
+        return batches
+
     def _sequences(
         self, pair: int, request: VisionRequest, sampling: SamplingConfig, meta: MetaTemplate
-    ) -> list[tuple[Tokens, SamplingParams]]:
+    ) -> _Pair:
         """Prompt and parameters with the prompt, and with guidance also with the negative one."""
         t, h, w = request.grid
         grammar = Grammar(self._vocabulary, request.kind, request.grid, meta)
@@ -193,6 +223,16 @@ class VllmImages:
     def close(self) -> None:
         """Ends the engine's processes."""
         self._llm.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
 
 
 def _row(asked: dict[str, Any], written: list[int]) -> _Row:

@@ -19,6 +19,7 @@ from model.transformer import Transformer, TransformerConfig
 from model.vllm_images import ARGUMENT, VisionGrammar, VllmImages, VllmImagesConfig
 from model.weights import LanguageModel
 from schemas.document import parse_document
+from schemas.errors import ConfigError
 from schemas.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(num_text=256, num_codes=40)
@@ -119,3 +120,16 @@ def test_drawn_documents_parse_and_seeds_decide(lm: LanguageModel, engine: VllmI
         assert (document.kind, document.caption, document.grid) == (request.kind, request.prompt, request.grid)
     again = engine.generate(REQUESTS[::-1], sampling)
     assert [tokens.tolist() for tokens in again[::-1]] == [tokens.tolist() for tokens in found]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_prompts_that_do_not_go_through_in_one_pass_wait_or_are_refused(
+    lm: LanguageModel, engine: VllmImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = SamplingConfig(temperature=0, guidance=2.5, negative_prompt="ugly")
+    monkeypatch.setattr(engine, "_max_prompt_tokens", 70)
+    expected = [tokens.tolist() for tokens in generate_vision(lm, REQUESTS, sampling)]
+    assert [tokens.tolist() for tokens in engine.generate(REQUESTS, sampling)] == expected
+    with pytest.raises(ConfigError, match="expected at most 70"):
+        engine.generate([VisionRequest("x" * 80, "image", (1, 2, 2))], sampling)
