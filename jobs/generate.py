@@ -169,7 +169,8 @@ def _generation(lake: Lake, models: Models, generation_id: str, ask: Ask, tokens
     document = parse_document(tokens, models.lm.vocabulary, models.lm.text)
     if not isinstance(document, VisionDocument):
         raise ConfigError(f"generation {generation_id} holds text, expected an image or a video")
-    frames = decode_codes(models.vision, document.codes, ask.kind)
+    block = document.block
+    frames = decode_codes(models.vision, block.codes, ask.kind)
     path = lake.folder / "generations" / f"{generation_id}.{'png' if ask.kind == 'image' else 'mp4'}"
     if not path.exists():
         facts = {"outback.generation": generation_id, "prompt": ask.prompt, "seed": str(ask.seed)}
@@ -179,9 +180,9 @@ def _generation(lake: Lake, models: Models, generation_id: str, ask: Ask, tokens
         if ask.kind == "image":
             _write_png(draft, frames[0], facts)
         else:
-            _write_mp4(draft, frames, document.fps or 8.0, facts)
+            _write_mp4(draft, frames, block.fps or 8.0, facts)
         draft.replace(path)
-    return Generation(generation_id, ask, path, frames, document.fps)
+    return Generation(generation_id, ask, path, frames, block.fps)
 
 
 def decode_codes(vision: VisionTokenizer, codes: npt.NDArray[Any], kind: str) -> Frames:

@@ -20,7 +20,7 @@ from pipeline.stage import attempt_row
 from schemas.captions import CAPTIONS
 from schemas.catalog import Lake
 from schemas.curated import CURATED_SETS
-from schemas.document import TextDocument, VisionDocument, write_document
+from schemas.document import TextDocument, VisionBlock, VisionDocument, write_document
 from schemas.errors import ConfigError, RowError, SchemaError
 from schemas.recipe import Config, canonical_json, is_unset, short_hash
 from schemas.runs import ATTEMPTS
@@ -310,7 +310,7 @@ def _document(source: _Source, recipe: PackRecipe) -> TextDocument | VisionDocum
     draw = int(short_hash([recipe.seed, "null_prompt", source.item_id]), 16) / 16**16
     caption = "" if draw < recipe.null_prompt_ratio else source.text
     codes = np.frombuffer(source.codes, "<u2").reshape(source.grid).astype(np.int64)
-    return VisionDocument(source.kind, caption, codes, source.fps)
+    return VisionDocument(VisionBlock(source.kind, codes, source.fps), caption)
 
 
 def _attempt(source: _Source, length: int, seqset_id: str, recipe: PackRecipe) -> dict[str, object]:

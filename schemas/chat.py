@@ -1,15 +1,26 @@
 """Questions about an image or a clip, and plain ones: the published chat template, as tokens.
 
-    BOS "You are a helpful assistant. USER: " [BOI meta IMG codes EOI] question ". ASSISTANT:" answer EOS
+    BOS "You are a helpful assistant. USER: " (BOI meta IMG codes EOI)* question ". ASSISTANT:" answer EOS
 
 The full stop after the question is part of the template, whatever the question ends with.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
-from schemas.document import Grammar, MetaTemplate, TextCodec, Tokens, VisionDocument, prompt_tokens, text_tokens
-from schemas.vocabulary import IntArray, Vocabulary
+from schemas.document import (
+    InterleavedDocument,
+    MetaTemplate,
+    Part,
+    TextCodec,
+    Tokens,
+    VisionBlock,
+    text_tokens,
+    write_document,
+)
+from schemas.vocabulary import Vocabulary
 
 OPENING = "You are a helpful assistant. USER: "
 CLOSING = ". ASSISTANT:"
@@ -17,28 +28,24 @@ CLOSING = ". ASSISTANT:"
 
 def chat_prompt(
     question: str,
-    vision: VisionDocument | None,
+    blocks: Sequence[VisionBlock],
     vocabulary: Vocabulary,
     text: TextCodec,
     *,
     meta: MetaTemplate = MetaTemplate.OUTBACK,
 ) -> Tokens:
-    """A question, and what it is about -> everything up to the answer, uint32. The document's caption is not shown.
+    """A question, and the images and clips it is about, if any -> everything up to the answer, uint32.
 
     Raises: DocumentError if the text is not encodable; SchemaError if a code or a text id is outside the vocabulary.
     """
-    if vision is None:
-        return _join([vocabulary.bos], text_tokens(OPENING + question + CLOSING, vocabulary, text))
-    block = prompt_tokens("", vision.kind, vision.grid, vision.fps, vocabulary, text, meta=meta)[1:]
-    codes = Grammar(vocabulary, vision.kind, vision.grid, meta).write(vision.codes)
-    opening, asked = text_tokens(OPENING, vocabulary, text), text_tokens(question + CLOSING, vocabulary, text)
-    return _join([vocabulary.bos], opening, block, codes, asked)
+    parts: list[Part] = [OPENING, *blocks, question + CLOSING]
+    return write_document(InterleavedDocument(tuple(parts)), vocabulary, text, meta=meta)[:-1]
 
 
 def write_chat(
     question: str,
     answer: str,
-    vision: VisionDocument | None,
+    blocks: Sequence[VisionBlock],
     vocabulary: Vocabulary,
     text: TextCodec,
     *,
@@ -48,11 +55,8 @@ def write_chat(
 
     Paper: Emu3 report, section 2.5.2: vision tokens carry no loss when the model learns to understand.
     """
-    prompt = chat_prompt(question, vision, vocabulary, text, meta=meta)
-    answered = _join(text_tokens(answer, vocabulary, text), [vocabulary.eos])
+    prompt = chat_prompt(question, blocks, vocabulary, text, meta=meta)
+    # Apart from the question, so that a text tokenizer joins no piece of one to a piece of the other.
+    answered = np.append(text_tokens(answer, vocabulary, text), np.uint32(vocabulary.eos))
     weights = np.repeat(np.array([0.0, 1.0], np.float32), [len(prompt), len(answered)])
-    return _join(prompt, answered), weights
-
-
-def _join(*parts: list[int] | IntArray) -> Tokens:
-    return np.concatenate([np.asarray(part, np.uint32) for part in parts])
+    return np.concatenate([prompt, answered]), weights

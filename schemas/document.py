@@ -5,7 +5,8 @@
     video     BOS caption BOI meta  IMG (t latent frames: h rows closed by EOL, then EOF) EOI EOS
 
 An image is a video of one latent frame with another meta text. With `caption_last` the caption stands between EOI and
-EOS, for models that describe what they see. The image form is Emu3's. Its video form is not public: here the meta text
+EOS, for models that describe what they see; interleaved documents have texts and blocks from BOI to EOI in any order. The
+image form is Emu3's. Its video form is not public: here the meta text
 is `t*h*w, 24 fps, 5 s` (grid of codes, frame rate and duration of the clip, or the grid alone when the rate is
 unknown), ours. `MetaTemplate.UNIVLA` writes what UniVLA's published models read: `t*h*w` and frames without EOL.
 
@@ -90,16 +91,9 @@ class MetaTemplate(StrEnum):
         raise DocumentError("document_meta", f"found the meta text {meta!r}, expected one like '8*8' or {expected!r}")
 
 
-@dataclass(frozen=True)
-class TextDocument:
-    """Language data."""
-
-    text: str
-
-
 @dataclass(frozen=True, eq=False)
-class VisionDocument:
-    """An image or a clip as integer codes (t, h, w), with its caption. `fps` is the clip's frame rate before encoding.
+class VisionBlock:
+    """An image or a clip as integer codes (t, h, w). `fps` is the clip's frame rate before encoding.
 
     `fps` is kept to three decimals, the precision that the meta text holds. An image has one latent frame and no rate.
 
@@ -107,10 +101,8 @@ class VisionDocument:
     """
 
     kind: Kind
-    caption: str
     codes: IntArray
     fps: float | None = None
-    caption_last: bool = False
 
     def __post_init__(self) -> None:
         codes = np.asarray(self.codes)
@@ -120,8 +112,6 @@ class VisionDocument:
         t, h, w = codes.shape
         object.__setattr__(self, "codes", codes)
         object.__setattr__(self, "fps", checked_fps(self.kind, (t, h, w), self.fps))
-        # Without a caption both orders are the same tokens.
-        object.__setattr__(self, "caption_last", self.caption_last and self.caption != "")
 
     @property
     def grid(self) -> Grid:
@@ -135,14 +125,64 @@ class VisionDocument:
         return None if self.fps is None else duration_s(self.grid[0], self.fps)
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, VisionDocument):
+        if not isinstance(other, VisionBlock):
             return NotImplemented
-        mine = (self.kind, self.caption, self.fps, self.caption_last)
-        theirs = (other.kind, other.caption, other.fps, other.caption_last)
-        return mine == theirs and np.array_equal(self.codes, other.codes)
+        return (self.kind, self.fps) == (other.kind, other.fps) and np.array_equal(self.codes, other.codes)
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.fps, self.codes.tobytes()))
 
 
-Document = TextDocument | VisionDocument
+Part = str | VisionBlock
+
+
+@dataclass(frozen=True)
+class TextDocument:
+    """Language data."""
+
+    text: str
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What stands between BOS and EOS."""
+        return (self.text,)
+
+
+@dataclass(frozen=True)
+class VisionDocument:
+    """An image or a clip with its caption, before it or after it."""
+
+    block: VisionBlock
+    caption: str = ""
+    caption_last: bool = False
+
+    def __post_init__(self) -> None:
+        # Without a caption both orders are the same tokens.
+        object.__setattr__(self, "caption_last", self.caption_last and self.caption != "")
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What stands between BOS and EOS."""
+        return (self.block, self.caption) if self.caption_last else (self.caption, self.block)
+
+
+@dataclass(frozen=True)
+class InterleavedDocument:
+    """Texts, images and clips in any order. Texts that follow one another are one, and empty ones are none."""
+
+    parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        parts: list[Part] = []
+        for part in self.parts:
+            if isinstance(part, str) and parts and isinstance(parts[-1], str):
+                parts[-1] += part
+            elif part != "":
+                parts.append(part)
+        object.__setattr__(self, "parts", tuple(parts))
+
+
+Document = TextDocument | VisionDocument | InterleavedDocument
 
 
 @dataclass(frozen=True)
@@ -243,13 +283,19 @@ def write_document(
 
     Raises: DocumentError if the text is not encodable; SchemaError if a code or a text id is outside the vocabulary.
     """
-    if isinstance(document, TextDocument):
-        return _join([vocabulary.bos], text_tokens(document.text, vocabulary, text), [vocabulary.eos])
-    grammar = Grammar(vocabulary, document.kind, document.grid, meta)
-    caption = "" if document.caption_last else document.caption
-    prompt = prompt_tokens(caption, document.kind, document.grid, document.fps, vocabulary, text, meta=meta)
-    answer = text_tokens(document.caption if document.caption_last else "", vocabulary, text)
-    return _join(prompt, grammar.write(document.codes), answer, [vocabulary.eos])
+    written = [
+        text_tokens(part, vocabulary, text) if isinstance(part, str) else block_tokens(part, vocabulary, text, meta=meta)
+        for part in document.parts
+    ]
+    return _join([vocabulary.bos], *written, [vocabulary.eos])
+
+
+def block_tokens(
+    block: VisionBlock, vocabulary: Vocabulary, text: TextCodec, *, meta: MetaTemplate = MetaTemplate.OUTBACK
+) -> Tokens:
+    """An image or a clip -> its tokens from BOI to EOI, uint32."""
+    opening = _opening_tokens(block.kind, block.grid, block.fps, vocabulary, text, meta)
+    return _join(opening, Grammar(vocabulary, block.kind, block.grid, meta).write(block.codes))
 
 
 def prompt_tokens(
@@ -263,14 +309,8 @@ def prompt_tokens(
     meta: MetaTemplate = MetaTemplate.OUTBACK,
 ) -> Tokens:
     """A caption and the form of what it describes -> everything up to and including IMG, uint32."""
-    meta_text = meta.write(kind, grid, checked_fps(kind, grid, fps))
-    return _join(
-        [vocabulary.bos],
-        text_tokens(caption, vocabulary, text),
-        [vocabulary.boi],
-        text_tokens(meta_text, vocabulary, text),
-        [vocabulary.img],
-    )
+    opening = _opening_tokens(kind, grid, fps, vocabulary, text, meta)
+    return _join([vocabulary.bos], text_tokens(caption, vocabulary, text), opening)
 
 
 def parse_document(
@@ -284,27 +324,25 @@ def parse_document(
     if ids.ndim != 1:
         raise DocumentError("document_shape", f"found tokens of shape {ids.shape}, expected one row")
     place = _expect(ids, 0, vocabulary.bos, vocabulary)
-    before, place = _read_text(ids, place, vocabulary, text)
-    if place < len(ids) and ids[place] == vocabulary.eos:
-        _expect_end(ids, place + 1, vocabulary)
-        return TextDocument(before)
-    place = _expect(ids, place, vocabulary.boi, vocabulary)
-    meta_text, place = _read_text(ids, place, vocabulary, text)
-    place = _expect(ids, place, vocabulary.img, vocabulary)
-    kind, grid, fps = meta.parse(meta_text)
-    grammar = Grammar(vocabulary, kind, grid, meta)
-    if grammar.length - 1 > len(ids) - place:  # before `layout` is built: a meta text may claim any size
-        found = len(ids) - place
-        raise DocumentError(
-            "document_truncated", f"found {found} tokens after IMG, expected {grammar.length} for the grid {grid}"
-        )
-    codes = grammar.parse(ids[place:])
-    after, place = _read_text(ids, place + grammar.length - 1, vocabulary, text)
-    place = _expect(ids, place, vocabulary.eos, vocabulary)
-    _expect_end(ids, place, vocabulary)
-    if before and after:
-        raise DocumentError("document_caption", "found text before BOI and after EOI, expected one caption")
-    return VisionDocument(kind, before or after, codes, fps, caption_last=after != "")
+    parts: list[Part] = []
+    while True:
+        string, place = _read_text(ids, place, vocabulary, text)
+        parts.append(string)
+        if place < len(ids) and ids[place] == vocabulary.eos:
+            break
+        block, place = _read_block(ids, place, vocabulary, text, meta)
+        parts.append(block)
+    if place + 1 != len(ids):
+        found = _name(int(ids[place + 1]), vocabulary)
+        raise DocumentError("document_token", f"found {found} at place {place + 1}, after EOS, expected the end")
+    match parts:
+        case [str(only)]:
+            return TextDocument(only)
+        case [str(before), VisionBlock() as block, ""]:
+            return VisionDocument(block, before)
+        case ["", VisionBlock() as block, str(after)]:
+            return VisionDocument(block, after, caption_last=True)
+    return InterleavedDocument(tuple(parts))
 
 
 def loss_weights(tokens: IntArray, vocabulary: Vocabulary, vision_weight: float = 0.5) -> npt.NDArray[np.float32]:
@@ -360,6 +398,14 @@ def checked_fps(kind: str, grid: Grid, fps: float | None) -> float | None:
     return round(float(fps), 3)
 
 
+def _opening_tokens(
+    kind: Kind, grid: Grid, fps: float | None, vocabulary: Vocabulary, text: TextCodec, meta: MetaTemplate
+) -> Tokens:
+    """BOI, the meta text, IMG."""
+    meta_text = meta.write(kind, grid, checked_fps(kind, grid, fps))
+    return _join([vocabulary.boi], text_tokens(meta_text, vocabulary, text), [vocabulary.img])
+
+
 def _number(value: float) -> str:
     return f"{value:.3f}".rstrip("0").rstrip(".")
 
@@ -386,10 +432,20 @@ def _expect(ids: npt.NDArray[np.int64], place: int, token: int, vocabulary: Voca
     return place + 1
 
 
-def _expect_end(ids: npt.NDArray[np.int64], place: int, vocabulary: Vocabulary) -> None:
-    if place != len(ids):
-        found = _name(int(ids[place]), vocabulary)
-        raise DocumentError("document_token", f"found {found} at place {place}, after EOS, expected the end")
+def _read_block(
+    ids: npt.NDArray[np.int64], place: int, vocabulary: Vocabulary, text: TextCodec, meta: MetaTemplate
+) -> tuple[VisionBlock, int]:
+    place = _expect(ids, place, vocabulary.boi, vocabulary)
+    meta_text, place = _read_text(ids, place, vocabulary, text)
+    place = _expect(ids, place, vocabulary.img, vocabulary)
+    kind, grid, fps = meta.parse(meta_text)
+    grammar = Grammar(vocabulary, kind, grid, meta)
+    if grammar.length - 1 > len(ids) - place:  # before `layout` is built: a meta text may claim any size
+        found = len(ids) - place
+        raise DocumentError(
+            "document_truncated", f"found {found} tokens after IMG, expected {grammar.length} for the grid {grid}"
+        )
+    return VisionBlock(kind, grammar.parse(ids[place:]), fps), place + grammar.length - 1
 
 
 def _read_text(ids: npt.NDArray[np.int64], place: int, vocabulary: Vocabulary, text: TextCodec) -> tuple[str, int]:

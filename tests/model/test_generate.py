@@ -68,9 +68,9 @@ def test_mixed_batches_give_documents_that_parse(
     for request, tokens in zip(REQUESTS, made, strict=True):
         document = parsed(lm, tokens, meta)
         assert tokens.dtype == np.uint32
-        assert (document.kind, document.caption, document.grid) == (request.kind, request.prompt, request.grid)
+        assert (document.block.kind, document.caption, document.block.grid) == (request.kind, request.prompt, request.grid)
         if request.context_codes is not None:
-            assert np.array_equal(document.codes[:2], request.context_codes)
+            assert np.array_equal(document.block.codes[:2], request.context_codes)
     assert steps[-1] == (23, 23)
     assert steps == sorted(set(steps))
 
@@ -186,7 +186,7 @@ def test_draws_have_the_distribution_of_the_model(guidance: float, lookahead: in
     found = torch.zeros(num_codes**3)
     for start in range(0, num_draws, 500):
         for tokens in generate_vision(small, requests[start : start + 500], sampling, lookahead=lookahead):
-            codes = parse_document(tokens, vocabulary, small.text).codes.ravel()  # type: ignore[union-attr]
+            codes = parse_document(tokens, vocabulary, small.text).block.codes.ravel()  # type: ignore[union-attr]
             found[int(codes @ np.array([num_codes**2, num_codes, 1]))] += 1
     common = expected * num_draws >= 5  # the test's own condition; the rest are one cell
     observed = [*found[common].tolist(), found[~common].sum().item()]
@@ -257,7 +257,7 @@ def test_any_batch_of_grids_parses(lm: LanguageModel, forms: list[tuple[str, int
         for index, (kind, t, h, w) in enumerate(forms)
     ]
     for request, tokens in zip(requests, generate_vision(lm, requests, GUIDED if guided else GREEDY), strict=True):
-        assert parsed(lm, tokens).grid == request.grid
+        assert parsed(lm, tokens).block.grid == request.grid
 
 
 def test_long_clips_are_drawn_window_by_window(lm: LanguageModel) -> None:
@@ -270,12 +270,12 @@ def test_long_clips_are_drawn_window_by_window(lm: LanguageModel) -> None:
     assert steps[-1] == 7 * 9 + 12
     assert steps == sorted(steps)
     assert made[1].tolist() == generate_vision(lm, [REQUESTS[1]], greedy)[0].tolist()
-    codes = parsed(lm, made[0]).codes
+    codes = parsed(lm, made[0]).block.codes
     assert codes.shape == (7, 3, 3)
     expected = np.zeros((0, 3, 3), np.int64)
     for start, length in ((0, 4), (2, 4), (4, 3)):
         part = VisionRequest("x", "video", (length, 3, 3), fps=8, context_codes=expected[start:])
-        expected = np.concatenate([expected[:start], parsed(lm, generate_vision(lm, [part], greedy)[0]).codes])
+        expected = np.concatenate([expected[:start], parsed(lm, generate_vision(lm, [part], greedy)[0]).block.codes])
     assert np.array_equal(codes, expected)
 
 
@@ -286,9 +286,9 @@ def test_clips_longer_than_the_context_slide_by_themselves(lm: LanguageModel) ->
     assert made[0].tolist() == made[1].tolist()
     document = parsed(lm, made[0])
     assert len(made[0]) > lm.transformer.config.max_position_embeddings
-    assert document.codes.shape == (9, 6, 6)
-    assert not document.codes[:6].any()
-    assert len(np.unique(document.codes[6:])) > 3
+    assert document.block.codes.shape == (9, 6, 6)
+    assert not document.block.codes[:6].any()
+    assert len(np.unique(document.block.codes[6:])) > 3
 
 
 @pytest.mark.parametrize("wrong", [{"num_frames": 1}, {"num_kept": 0}])
@@ -300,14 +300,14 @@ def test_windows_that_do_not_move_are_refused(wrong: dict[str, int]) -> None:
 def test_a_whole_clip_of_context_is_left_as_it_is(lm: LanguageModel) -> None:
     codes = np.arange(8).reshape(2, 2, 2)
     request = VisionRequest("x", "video", (2, 2, 2), context_codes=codes)
-    assert np.array_equal(parsed(lm, generate_vision(lm, [request], GUIDED)[0]).codes, codes)
+    assert np.array_equal(parsed(lm, generate_vision(lm, [request], GUIDED)[0]).block.codes, codes)
     assert generate_vision(lm, [], GUIDED) == []
 
 
 def test_half_precision_weights_generate(lm: LanguageModel) -> None:
     halved = LanguageModel(copy.deepcopy(lm.transformer).to(torch.bfloat16), lm.vocabulary, lm.text)
     for request, tokens in zip(REQUESTS, generate_vision(halved, REQUESTS, GUIDED), strict=True):
-        assert parsed(lm, tokens).grid == request.grid
+        assert parsed(lm, tokens).block.grid == request.grid
 
 
 def test_impossible_requests_are_refused(lm: LanguageModel) -> None:

@@ -9,7 +9,7 @@ from model.text_tokenizer import TinyBpe
 from model.transformer import Transformer, TransformerConfig
 from model.weights import LanguageModel
 from schemas.chat import chat_prompt
-from schemas.document import Tokens, VisionDocument
+from schemas.document import Tokens, VisionBlock
 from schemas.errors import ConfigError
 from schemas.vocabulary import Vocabulary
 
@@ -37,10 +37,10 @@ def lm() -> LanguageModel:
 
 
 def prompts() -> list[Tokens]:
-    image = VisionDocument("image", "", np.arange(6).reshape(1, 2, 3))
+    image = VisionBlock("image", np.arange(6).reshape(1, 2, 3))
     return [
-        chat_prompt("What?", image, VOCABULARY, TEXT),
-        chat_prompt("Who are you", None, VOCABULARY, TEXT),
+        chat_prompt("What?", [image], VOCABULARY, TEXT),
+        chat_prompt("Who are you", [], VOCABULARY, TEXT),
         np.array([VOCABULARY.bos], np.uint32),
     ]
 

@@ -5,11 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.chat import chat_prompt, write_chat
-from schemas.document import VisionDocument, write_document
+from schemas.document import VisionBlock, block_tokens
 from schemas.vocabulary import Vocabulary
 
 SMALL = Vocabulary(num_text=256, num_codes=64)
-IMAGE = VisionDocument("image", "not shown", np.arange(6).reshape(1, 2, 3))
+IMAGE = VisionBlock("image", np.arange(6).reshape(1, 2, 3))
+CLIP = VisionBlock("video", np.arange(8).reshape(2, 2, 2), 24.0)
 
 
 class Bytes:
@@ -23,18 +24,23 @@ class Bytes:
 
 
 def test_chat_about_an_image_is_the_published_template() -> None:
-    tokens, weights = write_chat("What is it?", "A cat", IMAGE, SMALL, Bytes())
-    without_caption = VisionDocument("image", "", IMAGE.codes)
-    block = write_document(without_caption, SMALL, Bytes())[1:-1].tolist()
+    tokens, weights = write_chat("What is it?", "A cat", [IMAGE], SMALL, Bytes())
+    block = block_tokens(IMAGE, SMALL, Bytes()).tolist()
     head = [SMALL.bos, *b"You are a helpful assistant. USER: ", *block, *b"What is it?. ASSISTANT:"]
     assert tokens.tolist() == [*head, *b"A cat", SMALL.eos]
-    assert chat_prompt("What is it?", IMAGE, SMALL, Bytes()).tolist() == head
+    assert chat_prompt("What is it?", [IMAGE], SMALL, Bytes()).tolist() == head
     assert weights.tolist() == [0.0] * len(head) + [1.0] * 6
+
+
+def test_a_question_may_be_about_several_pictures() -> None:
+    blocks = [*block_tokens(IMAGE, SMALL, Bytes()).tolist(), *block_tokens(CLIP, SMALL, Bytes()).tolist()]
+    head = [SMALL.bos, *b"You are a helpful assistant. USER: ", *blocks, *b"Which?. ASSISTANT:"]
+    assert chat_prompt("Which?", [IMAGE, CLIP], SMALL, Bytes()).tolist() == head
 
 
 @given(st.text(), st.text())
 def test_chat_about_nothing_is_text_only(question: str, answer: str) -> None:
-    tokens, weights = write_chat(question, answer, None, SMALL, Bytes())
+    tokens, weights = write_chat(question, answer, [], SMALL, Bytes())
     assert bytes(tokens[1:-1].tolist()).decode() == f"You are a helpful assistant. USER: {question}. ASSISTANT:{answer}"
     assert len(weights) == len(tokens)
     assert weights.sum() == len(answer.encode()) + 1

@@ -1,7 +1,7 @@
 """The document grammar against the published worked example, and its own round trips."""
 
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -12,9 +12,11 @@ from schemas.document import (
     Document,
     DocumentError,
     Grammar,
+    InterleavedDocument,
     Kind,
     MetaTemplate,
     TextDocument,
+    VisionBlock,
     VisionDocument,
     loss_weights,
     parse_document,
@@ -53,6 +55,7 @@ class Table:
 
 CAPTIONS = st.one_of(st.text(max_size=30), st.lists(st.sampled_from(HOSTILE), max_size=4).map("".join))
 SIDES = st.integers(1, 5)
+META = st.sampled_from(MetaTemplate)
 
 
 @st.composite
@@ -62,12 +65,12 @@ def vision_documents(draw: st.DrawFn) -> VisionDocument:
     size = grid[0] * grid[1] * grid[2]
     codes = np.array(draw(st.lists(st.integers(0, 63), min_size=size, max_size=size))).reshape(grid)
     fps = draw(st.none() | st.floats(0.001, 1000)) if kind == "video" else None
-    return VisionDocument(kind, draw(CAPTIONS), codes, fps, caption_last=draw(st.booleans()))
+    return VisionDocument(VisionBlock(kind, codes, fps), draw(CAPTIONS), caption_last=draw(st.booleans()))
 
 
 def test_image_document_is_the_published_worked_example() -> None:
     text = Table({"a cat": [64, 8251], "2*3": [17, 9, 18], "": []})
-    document = VisionDocument("image", "a cat", np.array([[[1, 1, 1], [2, 2, 2]]]))
+    document = VisionDocument(VisionBlock("image", np.array([[[1, 1, 1], [2, 2, 2]]])), "a cat")
     tokens = write_document(document, EMU3, text)
     row_1, row_2 = [151855] * 3, [151856] * 3
     expected = [151849, 64, 8251, 151852, 17, 9, 18, 151851]
@@ -78,17 +81,17 @@ def test_image_document_is_the_published_worked_example() -> None:
 
 
 def test_video_document_closes_rows_and_latent_frames() -> None:
-    document = VisionDocument("video", "hi", np.arange(8).reshape(2, 2, 2), fps=24)
+    document = VisionDocument(VisionBlock("video", np.arange(8).reshape(2, 2, 2), 24), "hi")
     tokens = write_document(document, SMALL, Bytes())
     v = SMALL.code_to_token(np.arange(8)).tolist()
     frames = [*v[0:2], SMALL.eol, *v[2:4], SMALL.eol, SMALL.eof, *v[4:6], SMALL.eol, *v[6:8], SMALL.eol, SMALL.eof]
     head = [SMALL.bos, *b"hi", SMALL.boi, *b"2*2*2, 24 fps, 0.33 s", SMALL.img]
     assert tokens.tolist() == [*head, *frames, SMALL.eoi, SMALL.eos]
-    assert document.duration_s == 0.33
+    assert document.block.duration_s == 0.33
 
 
 def test_univla_preset_has_no_rows() -> None:
-    document = VisionDocument("video", "", np.arange(8).reshape(2, 2, 2))
+    document = VisionDocument(VisionBlock("video", np.arange(8).reshape(2, 2, 2)), "")
     tokens = write_document(document, SMALL, Bytes(), meta=MetaTemplate.UNIVLA)
     v = SMALL.code_to_token(np.arange(8)).tolist()
     expected = [SMALL.bos, SMALL.boi, *b"2*2*2", SMALL.img, *v[:4], SMALL.eof, *v[4:], SMALL.eof, SMALL.eoi, SMALL.eos]
@@ -96,15 +99,28 @@ def test_univla_preset_has_no_rows() -> None:
     assert parse_document(tokens, SMALL, Bytes(), meta=MetaTemplate.UNIVLA) == document
 
 
-@given(vision_documents(), st.sampled_from(MetaTemplate))
+@given(vision_documents(), META)
 def test_vision_documents_round_trip(document: VisionDocument, meta: MetaTemplate) -> None:
     tokens = write_document(document, SMALL, Bytes(), meta=meta)
     found = parse_document(tokens, SMALL, Bytes(), meta=meta)
     if meta is MetaTemplate.UNIVLA:  # its meta text has no rate
-        document = VisionDocument(document.kind, document.caption, document.codes, None, document.caption_last)
+        document = replace(document, block=replace(document.block, fps=None))
     assert found == document
     assert int(np.isin(tokens, [SMALL.boi]).sum()) == 1
     assert int(np.isin(tokens, [SMALL.eos]).sum()) == 1
+
+
+@given(st.lists(st.one_of(CAPTIONS, vision_documents().map(lambda document: document.block)), max_size=5), META)
+def test_interleaved_documents_round_trip(parts: list[str | VisionBlock], meta: MetaTemplate) -> None:
+    if meta is MetaTemplate.UNIVLA:
+        parts = [part if isinstance(part, str) else replace(part, fps=None) for part in parts]
+    tokens = write_document(InterleavedDocument(tuple(parts)), SMALL, Bytes(), meta=meta)
+    found = parse_document(tokens, SMALL, Bytes(), meta=meta)
+    assert InterleavedDocument(found.parts) == InterleavedDocument(tuple(parts))
+    num_blocks = sum(isinstance(part, VisionBlock) for part in parts)
+    assert int(np.isin(tokens, [SMALL.boi]).sum()) == num_blocks
+    assert isinstance(found, TextDocument) == (num_blocks == 0)
+    assert write_document(found, SMALL, Bytes(), meta=meta).tolist() == tokens.tolist()
 
 
 @given(CAPTIONS)
@@ -116,20 +132,20 @@ def test_text_never_becomes_a_control_token(caption: str) -> None:
 
 def test_a_tokenizer_that_recognises_special_strings_is_refused() -> None:
     text = Table({"<|image start|>": [EMU3.boi], "1*1": [16, 9, 16]})
-    document = VisionDocument("image", "<|image start|>", np.zeros((1, 1, 1), np.int64))
+    document = VisionDocument(VisionBlock("image", np.zeros((1, 1, 1), np.int64)), "<|image start|>")
     with pytest.raises(SchemaError, match="recognises special tokens"):
         write_document(document, EMU3, text)
 
 
-@given(vision_documents(), st.sampled_from(MetaTemplate))
+@given(vision_documents(), META)
 def test_grammar_tells_each_next_token(document: VisionDocument, meta: MetaTemplate) -> None:
-    document = VisionDocument(document.kind, document.caption, document.codes, document.fps)
+    document = VisionDocument(document.block, document.caption)
     tokens = write_document(document, SMALL, Bytes(), meta=meta)
-    args = (document.caption, document.kind, document.grid, document.fps, SMALL, Bytes())
+    args = (document.caption, document.block.kind, document.block.grid, document.block.fps, SMALL, Bytes())
     prompt = prompt_tokens(*args, meta=meta)
     assert tokens[: len(prompt)].tolist() == prompt.tolist()
     assert prompt[-1] == SMALL.img
-    grammar = Grammar(SMALL, document.kind, document.grid, meta)
+    grammar = Grammar(SMALL, document.block.kind, document.block.grid, meta)
     after = tokens[len(prompt) :]
     assert grammar.length == len(after)
     for place, token in enumerate(after.tolist()):
@@ -154,7 +170,7 @@ def test_a_changed_token_is_another_document_or_an_error(document: VisionDocumen
     again = write_document(found, SMALL, Bytes())
     is_exact = again.tolist() == changed.tolist()
     # Bytes that are no UTF-8 come back as the replacement character.
-    assert is_exact or "\ufffd" in (found.text if isinstance(found, TextDocument) else found.caption)
+    assert is_exact or "\ufffd" in "".join(part for part in found.parts if isinstance(part, str))
 
 
 @given(vision_documents(), st.data())
@@ -165,7 +181,7 @@ def test_a_cut_document_is_an_error(document: VisionDocument, data: st.DataObjec
 
 
 def test_errors_name_place_found_and_expected() -> None:
-    tokens = write_document(VisionDocument("image", "x", np.zeros((1, 2, 2), np.int64)), SMALL, Bytes())
+    tokens = write_document(VisionDocument(VisionBlock("image", np.zeros((1, 2, 2), np.int64)), "x"), SMALL, Bytes())
     tokens[9] = SMALL.eof  # the row's end
     with pytest.raises(DocumentError, match=r"found <\|extra_201\|> .* expected <\|extra_200\|>"):
         parse_document(tokens, SMALL, Bytes())
@@ -192,7 +208,7 @@ def test_errors_name_place_found_and_expected() -> None:
 )
 def test_contradictory_documents_are_refused(kind: str, shape: tuple[int, ...], fps: float | None) -> None:
     with pytest.raises(DocumentError):
-        VisionDocument(kind, "x", np.zeros(shape, np.int64), fps)  # type: ignore[arg-type]
+        VisionBlock(kind, np.zeros(shape, np.int64), fps)  # type: ignore[arg-type]
 
 
 def test_invalid_unicode_is_a_bad_row() -> None:
@@ -208,7 +224,7 @@ def test_errors_survive_pickling() -> None:
 
 
 def test_codes_weigh_half() -> None:
-    tokens = write_document(VisionDocument("image", "x", np.zeros((1, 2, 2), np.int64)), SMALL, Bytes())
+    tokens = write_document(VisionDocument(VisionBlock("image", np.zeros((1, 2, 2), np.int64)), "x"), SMALL, Bytes())
     weights = loss_weights(tokens, SMALL)
     assert weights.dtype == np.float32
     assert (weights[SMALL.is_vision(tokens)] == 0.5).all()

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.text_tokenizer import TinyBpe
-from schemas.document import TextDocument, VisionDocument, write_document
+from schemas.document import TextDocument, VisionBlock, VisionDocument, write_document
 from schemas.vocabulary import Vocabulary
 from train.batches import FrameData, SequenceData, write_frame_file, write_sequence_file
 from train.pretrain import PretrainConfig
@@ -36,7 +36,7 @@ def documents(seed: int, count: int) -> list[npt.NDArray[np.uint32]]:
     made = []
     for index in range(count):
         codes = rng.integers(0, VOCABULARY.num_codes, (1, 2, 3))
-        document = TextDocument("ab" * (1 + index % 5)) if index % 3 == 0 else VisionDocument("image", "red", codes)
+        document = TextDocument("ab" * (1 + index % 5)) if index % 3 == 0 else VisionDocument(VisionBlock("image", codes), "red")
         made.append(write_document(document, VOCABULARY, text))
     return made
 
