@@ -71,7 +71,7 @@ def tokenize(
     """Tokenize what is left of a set. Does not start Ray when nothing is."""
     weights = checkpoint_row(lake, checkpoint, "vision_tokenizer")
     preparation = recipe.preparation
-    frames = preparation.model_dump(include={"area_px", "fps", "max_frames"}, mode="json")
+    frames = preparation.model_dump(include={"area_px", "fps", "max_frames", "remainder"}, mode="json")
     tokenizer_id = short_hash({"checkpoint": weights["checkpoint_id"], "preparation": frames})
     stage = Stage(
         name="tokenize",

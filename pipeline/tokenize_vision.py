@@ -4,7 +4,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +25,21 @@ Encode = Callable[[Frames], npt.NDArray[np.int64]]
 """uint8 RGB frames (T, H, W, 3), T = 1 for an image, else a multiple of 4 -> codes (t, h, w)."""
 
 
+Remainder = Literal["leave", "repeat"]
+
+
+def _is_default(remainder: Remainder) -> bool:
+    return remainder == "leave"
+
+
 class Preparation(Config):
     """How a clip's frames are read before encoding. Sizes keep the aspect ratio about `area_px`."""
 
     area_px: int = Field(default=512 * 512, gt=0)  # Paper: Emu3 report, section 2.4: about 512 x 512
     fps: float = Field(default=24.0, gt=0)
     max_frames: int = Field(default=120, ge=FRAMES_PER_LATENT, multiple_of=FRAMES_PER_LATENT)
+    remainder: Remainder = Field(default="leave", exclude_if=_is_default)  # ids from before there was a choice stay
+    """Frames at a clip's end that fill no latent frame: left out, or the last repeated until they do."""
     timeout_s: float = Field(default=120.0, gt=0)
     memory_mb: int = Field(default=4096, gt=0)
 
@@ -44,20 +53,27 @@ def prepared_size(height_px: int, width_px: int, area_px: int) -> tuple[int, int
     )
 
 
-def num_frames(duration_ms: int, preparation: Preparation) -> int:
-    """A clip's length -> frames to read: a multiple of 4, the remainder at the clip's end is left out.
+def num_available(duration_ms: int, preparation: Preparation) -> int:
+    """A clip's length -> its frames at the preparation's rate."""
+    return round(duration_ms * preparation.fps / 1000)
 
-    Raises: RowError if the clip is shorter than one latent frame.
+
+def num_frames(duration_ms: int, preparation: Preparation) -> int:
+    """A clip's length -> frames to read, no more than the preparation allows.
+
+    Raises: RowError if the clip fills no latent frame.
     """
-    available = round(duration_ms * preparation.fps / 1000)
-    count = min(available, preparation.max_frames) // FRAMES_PER_LATENT * FRAMES_PER_LATENT
+    count = min(num_available(duration_ms, preparation), preparation.max_frames)
+    if preparation.remainder == "leave":
+        count = count // FRAMES_PER_LATENT * FRAMES_PER_LATENT
     if not count:
-        raise RowError("TooShort", f"{duration_ms} ms at {preparation.fps} fps is less than {FRAMES_PER_LATENT} frames")
+        least = FRAMES_PER_LATENT if preparation.remainder == "leave" else 1
+        raise RowError("TooShort", f"{duration_ms} ms at {preparation.fps} fps is less than {least} frames")
     return count
 
 
 def clip_frames(item: Mapping[str, Any], preparation: Preparation) -> Frames:
-    """A clip (uri, kind, start_ms, end_ms) -> prepared uint8 RGB frames (T, H, W, 3)."""
+    """A clip (uri, kind, start_ms, end_ms) -> prepared uint8 RGB frames (T, H, W, 3), T = 1 or a multiple of 4."""
     path, start_ms = Path(item["uri"]), item["start_ms"]
 
     def size(height_px: int, width_px: int) -> tuple[int, int]:
@@ -68,7 +84,9 @@ def clip_frames(item: Mapping[str, Any], preparation: Preparation) -> Frames:
     count = num_frames(item["end_ms"] - start_ms, preparation)
     end_ms = min(item["end_ms"], start_ms + math.ceil(1000 * count / preparation.fps))
     frames = read_frames(path, start_ms, end_ms, fps=preparation.fps, size=size)[:count]
-    return frames[: len(frames) // FRAMES_PER_LATENT * FRAMES_PER_LATENT]
+    if preparation.remainder == "leave":
+        return frames[: len(frames) // FRAMES_PER_LATENT * FRAMES_PER_LATENT]
+    return np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % FRAMES_PER_LATENT, axis=0)])
 
 
 class TokenizeWorker:
@@ -93,6 +111,9 @@ class TokenizeWorker:
             "h": h,
             "w": w,
             "fps": self.preparation.fps if item["kind"] == "video" else None,
+            "source_frames": num_available(item["end_ms"] - item["start_ms"], self.preparation)
+            if item["kind"] == "video"
+            else 1,
             "codes": stored,
             "crc32": zlib.crc32(stored),
         }

@@ -31,6 +31,13 @@ VISION_TOKENS = Table(
         Column("h", pa.int32(), "rows of the grid"),
         Column("w", pa.int32(), "columns of the grid"),
         Column("fps", pa.float64(), "frame rate at which the clip was sampled; null for images", nullable=True),
+        Column(
+            "source_frames",
+            pa.int32(),
+            "frames of the clip at that rate: beyond 4 t they were left out at its end, below it the last was repeated",
+            nullable=True,
+            provenance=True,
+        ),
         Column("codes", pa.binary(), "t*h*w codes, little-endian uint16"),
         Column("crc32", pa.int64(), "CRC-32 of `codes`"),
         RUN_ID,

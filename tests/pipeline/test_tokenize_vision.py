@@ -46,6 +46,30 @@ def test_a_span_is_read_and_no_frame_outside_it(tmp_path: Path) -> None:
     assert dark.mean(axis=(1, 2, 3)).max() < 115 < 130 < light.mean(axis=(1, 2, 3)).min()
 
 
+def test_frames_that_fill_no_latent_frame_are_left_out_or_filled_up_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "v.mp4"
+    write_video(path, seed=3)
+    leave = Preparation(area_px=32 * 32, fps=8.0, max_frames=16)
+    repeat = Preparation(area_px=32 * 32, fps=8.0, max_frames=16, remainder="repeat")
+    item = video_item(path, 0, 750)
+    left, repeated = clip_frames(item, leave), clip_frames(item, repeat)
+    assert (len(left), len(repeated)) == (4, 8)
+    assert np.array_equal(repeated[:4], left)
+    assert not np.array_equal(repeated[4], repeated[5])
+    assert np.array_equal(repeated[5], repeated[6])
+    assert np.array_equal(repeated[5], repeated[7])
+    for preparation, num_latents in ((leave, 1), (repeat, 2)):
+        worker = TokenizeWorker(lambda: mean_code, "tok", preparation)
+        row = worker.process(item)[VISION_TOKENS.name][0]
+        assert (row["t"], row["source_frames"]) == (num_latents, 6)
+        worker.sandbox.close()
+    assert num_frames(100, repeat) == 1
+    with pytest.raises(RowError, match="less than 1 frames"):
+        num_frames(50, repeat)
+    assert "remainder" not in leave.model_dump()  # ids from before there was a choice
+    assert repeat.model_dump()["remainder"] == "repeat"
+
+
 def test_chunks_for_training_are_square_and_in_fours(tmp_path: Path) -> None:
     video, image = tmp_path / "v.mp4", tmp_path / "i.png"
     write_video(video, seed=2)
