@@ -218,6 +218,9 @@ def generate(
     seed: Annotated[
         int, typer.Option("--seed", min=0, max=MAX_SEED, help="Seed of the first prompt; the next ones count up.")
     ] = 0,
+    preview: Annotated[
+        Path | None, typer.Option("--preview", help="Folder for pictures of what is drawn so far, renewed as rows come.")
+    ] = None,
     overrides: SetOption = None,
     lake: LakeOption = "./lake",
     json: JsonOption = False,
@@ -230,12 +233,52 @@ def generate(
     given = context if continue_clip else 0
     kind: Any = "video" if video or continue_clip else "image"
     asks = [Ask(prompt, kind, seed + index, continue_clip, given) for index, prompt in enumerate(prompts)]
-    drawn = run(_open(lake), asks, checkpoint, load_named(GenerateRecipe, recipe, overrides or ()))
+    how = load_named(GenerateRecipe, recipe, overrides or ())
+    drawn = run(_open(lake), asks, checkpoint, how, preview=preview)
     rows = [
         {"generation_id": g.generation_id, "prompt": g.ask.prompt, "seed": g.ask.seed, "path": str(g.path)}
         for g in drawn
     ]
     _answer(rows, json, "\n".join(f"{row['generation_id']}  {row['path']}  {row['prompt']}" for row in rows))
+
+
+@app.command()
+def ask(
+    question: Annotated[str | None, typer.Argument(help="What to ask; left out, the clip is described.")] = None,
+    clips: Annotated[
+        list[str] | None, typer.Option("--clip", metavar="CLIP", help="A clip that is shown; several, in order.")
+    ] = None,
+    each_of: Annotated[
+        str | None, typer.Option("--each", metavar="SET", help="Ask about each clip of this set, one by one.")
+    ] = None,
+    checkpoint: Annotated[
+        str, typer.Option("--checkpoint", help="Checkpoint id, a beginning of one, or latest.")
+    ] = "latest",
+    recipe: Annotated[str, typer.Option("--recipe", help="Sampling, and how many at once.")] = "ask",
+    seed: Annotated[int, typer.Option("--seed", min=0, max=MAX_SEED, help="Seed of every answer.")] = 0,
+    overrides: SetOption = None,
+    lake: LakeOption = "./lake",
+    json: JsonOption = False,
+) -> None:
+    """Ask a language model about clips, or anything; or have it describe one."""
+    from jobs.ask import AskRecipe, Question
+    from jobs.ask import ask as run
+    from jobs.curate import read_set
+    from jobs.shipped import load_named
+
+    if clips and each_of:
+        raise ConfigError("--clip and --each say different things: give one of them")
+    opened = _open(lake)
+    shown = [tuple(clips or ())]
+    if each_of:
+        shown = [(clip,) for clip in read_set(opened, each_of)["clip_id"].to_pylist()]
+    questions = [Question(question, clip_ids, seed) for clip_ids in shown]
+    replies = run(opened, questions, checkpoint, load_named(AskRecipe, recipe, overrides or ()))
+    rows = [
+        {"answer_id": r.answer_id, "clips": list(r.question.clip_ids), "text": r.text, "is_complete": r.is_complete}
+        for r in replies
+    ]
+    _answer(rows, json, "\n".join(f"{'  '.join([*r.question.clip_ids, r.text])}" for r in replies))
 
 
 @app.command()

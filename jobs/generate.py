@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,7 +22,7 @@ from model.vision_tokenizer.pixels import rgb_from_pixels
 from model.vision_tokenizer.tokenizer import VisionTokenizer
 from model.weights import LanguageModel, load_language_model, load_vision_tokenizer
 from schemas.catalog import Lake
-from schemas.document import DocumentError, Tokens, VisionDocument, parse_document
+from schemas.document import DocumentError, Tokens, VisionDocument, parse_document, text_tokens
 from schemas.errors import ConfigError
 from schemas.generations import GENERATIONS
 from schemas.recipe import Config, canonical_json, short_hash
@@ -29,6 +30,7 @@ from schemas.sequences import SEQUENCE_SETS
 from schemas.vision_tokens import TOKENIZERS, VISION_TOKENS
 
 Frames = npt.NDArray[np.uint8]
+PREVIEW_S = 1.0
 
 
 class GenerateRecipe(Config):
@@ -80,12 +82,22 @@ class Models:
     vision: VisionTokenizer
 
 
-def generate(lake: Lake, asks: Sequence[Ask], checkpoint: str, recipe: GenerateRecipe) -> list[Generation]:
+def generate(
+    lake: Lake, asks: Sequence[Ask], checkpoint: str, recipe: GenerateRecipe, *, preview: Path | None = None
+) -> list[Generation]:
     """Draw what was asked, in order. What was drawn before with the same checkpoint and options is not drawn again.
+
+    preview: folder for a PNG of each drawing under its id, renewed while it comes: the rows of an image that are there, and
+        the newest frame of a clip.
 
     Raises: ConfigError for an unknown checkpoint or clip, or a size the model has no room for.
     """
     models = load_models(lake, checkpoint)
+    try:
+        for ask in asks:  # before ids are made of them
+            text_tokens(ask.prompt, models.lm.vocabulary, models.lm.text)
+    except DocumentError as error:
+        raise ConfigError(str(error)) from error
     requests = [_request(lake, ask, recipe, models.tokenizer_id) for ask in asks]
     checkpoint_id = models.checkpoint["checkpoint_id"]
     ids = [_generation_id(a, r, recipe, checkpoint_id) for a, r in zip(asks, requests, strict=True)]
@@ -97,6 +109,10 @@ def generate(lake: Lake, asks: Sequence[Ask], checkpoint: str, recipe: GenerateR
     with recorded(lake, "generate", recipe, inputs) as run, progress("generate") as advance:
         for start in range(0, len(todo), recipe.batch_size):
             part = todo[start : start + recipe.batch_size]
+            coming = None
+            if preview is not None:
+                names = [ids[index] for index in part]
+                coming = _Preview(preview, models.vision, names, [requests[index] for index in part])
             try:
                 drawn = generate_vision(
                     models.lm,
@@ -104,6 +120,7 @@ def generate(lake: Lake, asks: Sequence[Ask], checkpoint: str, recipe: GenerateR
                     recipe.sampling,
                     lookahead=recipe.lookahead,
                     window=Window(recipe.window_t, recipe.keep_t),
+                    on_row=coming,
                 )
             except DocumentError as error:  # a prompt or a rate that no document can hold
                 raise ConfigError(str(error)) from error
@@ -127,6 +144,33 @@ def load_models(lake: Lake, checkpoint: str) -> Models:
     tokenizer = lake.read_where(TOKENIZERS, "tokenizer_id", [tokenizer_id]).to_pylist()[0]
     lm = load_language_model(Path(str(row["uri"])))
     return Models(row, tokenizer_id, lm, load_vision_tokenizer(Path(tokenizer["uri"])))
+
+
+class _Preview:
+    """Rows of codes as they come -> pictures of what is there, each renewed at most once in `PREVIEW_S` seconds."""
+
+    def __init__(
+        self, folder: Path, vision: VisionTokenizer, names: Sequence[str], requests: Sequence[VisionRequest]
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._vision, self._names, self._requests = folder, vision, names, requests
+        self._rows: list[list[npt.NDArray[Any]]] = [[] for _ in names]
+        self._shown_s = [-PREVIEW_S] * len(names)
+
+    def __call__(self, request: int, row: int, codes_W: npt.NDArray[Any]) -> None:
+        h = self._requests[request].grid[1]
+        if row % h == 0:
+            self._rows[request].clear()
+        self._rows[request].append(codes_W)
+        rows, is_video = self._rows[request], self._requests[request].kind == "video"
+        if time.monotonic() - self._shown_s[request] < PREVIEW_S or (is_video and len(rows) < h):
+            return
+        frame = decode_codes(self._vision, np.stack(rows)[None], "video" if is_video else "image")[-1]
+        path = self._folder / f"{self._names[request]}.png"
+        draft = path.with_name(f".{path.name}.{os.getpid()}.png")
+        _write_png(draft, frame, {})
+        draft.replace(path)
+        self._shown_s[request] = time.monotonic()
 
 
 def _request(lake: Lake, ask: Ask, recipe: GenerateRecipe, tokenizer_id: str) -> VisionRequest:

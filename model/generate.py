@@ -5,10 +5,11 @@ D hidden.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from schemas.vocabulary import IntArray
 TOKENS_PER_CODE = 5  # at most: a code, EOL, EOF, EOI and EOS
 
 Progress = Callable[[int, int], None]  # codes chosen so far, codes to choose
+OnRow = Callable[[int, int, IntArray], None]  # request, row of codes counted through all latent frames, its codes (w,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +74,7 @@ class _Sequence:
     next_place: int  # of the clip's codes, the first that is not chosen
     num_missing: int  # codes still to choose
     written: list[int] = field(default_factory=list)
+    chosen: list[int] = field(default_factory=list)  # those of them that are codes chosen here, as tokens
     queue: list[int] = field(default_factory=list)
     drafts: list[int] = field(default_factory=list)
 
@@ -107,6 +110,7 @@ class _Sequence:
         for choice in choices[: num_right + 1]:
             self.queue.clear()  # all but the last choice are among what the network has just seen
             self.write([choice])
+        self.chosen += choices[: num_right + 1]
         self.next_place += num_right + 1
         self.num_missing -= num_right + 1
         return num_right + 1
@@ -152,12 +156,14 @@ def generate_vision(
     meta: MetaTemplate = MetaTemplate.OUTBACK,
     lookahead: int = 0,
     window: Window = Window(),
+    on_row: OnRow | None = None,
 ) -> list[Tokens]:
     """Requests -> the tokens of each whole document, BOS to EOS, uint32; they always parse.
 
     All requests are one batch, with both guidance branches in the same forward pass. Only ids of codes are scored;
     tokens that the grammar forces are fed along with the code before them. `lookahead` codes are guessed and checked in each
     pass: the codes are the same, and the passes fewer. A clip of more frames than the window holds is drawn window by window.
+    `on_row` gets each row of codes as soon as it is whole; of a request its rows come in order, without those of its context.
 
     Raises: ConfigError if a document does not fit into the model's context; DocumentError if a request is contradictory;
         RuntimeError in train mode.
@@ -170,13 +176,19 @@ def generate_vision(
         sequences = [clip.next_window() for clip in going]
         later = left - sum(sequence.num_missing for sequence in sequences)
 
-        def on_left(missing: int, later: int = later) -> None:
+        pairs = list(zip(going, sequences, strict=True))
+
+        def on_pass(missing: int, later: int = later, pairs: list[tuple[_Clip, _Sequence]] = pairs) -> None:
             if on_progress is not None:
                 on_progress(total - later - missing, total)
+            if on_row is not None:
+                for clip, sequence in pairs:
+                    for row, codes_W in clip.new_rows(sequence):
+                        on_row(clips.index(clip), row, codes_W)
 
-        _decode(lm, sequences, sampling, lookahead, on_left)
+        _decode(lm, sequences, sampling, lookahead, on_pass)
         left = later
-        for clip, sequence in zip(going, sequences, strict=True):
+        for clip, sequence in pairs:
             clip.take(sequence)
     return [clip.document() for clip in clips]
 
@@ -194,6 +206,7 @@ class _Clip:
         given = np.zeros((0, h, w), np.int64) if request.context_codes is None else request.context_codes
         grammar.write(given)  # whether it fits
         self._codes = given.astype(np.int64)
+        self._next_row = len(given) * h  # the first that was not reported
         self._noise = _Noise(request.seed, lm.vocabulary.num_codes)
         fitting = 1 + (self._limit - self._length(1)) // grammar.frame_length
         self._window_t = max(1, min(t, window.num_frames or t, fitting))
@@ -238,11 +251,19 @@ class _Clip:
         grammar = self._grammar(min(self._window_t, t - start))
         given = self._codes[start:]
         num_missing = math.prod(grammar.grid) - given.size
-        sequence = _Sequence(
-            grammar, self._prompts(grammar), self._noise, len(given), self._codes.size, num_missing
-        )
+        sequence = _Sequence(grammar, self._prompts(grammar), self._noise, len(given), self._codes.size, num_missing)
         sequence.write(grammar.write(given).tolist())
         return sequence
+
+    def new_rows(self, sequence: _Sequence) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+        """Rows that have become whole since the last time."""
+        w = self._request.grid[2]
+        start = self._next_row * w - self._codes.size  # among the codes chosen in this window
+        while start + w <= len(sequence.chosen):
+            tokens = np.asarray(sequence.chosen[start : start + w])
+            yield self._next_row, self._lm.vocabulary.token_to_code(tokens)
+            self._next_row += 1
+            start += w
 
     def take(self, sequence: _Sequence) -> None:
         """Add what was drawn."""
@@ -261,7 +282,7 @@ def _decode(
     active: list[_Sequence],
     sampling: SamplingConfig,
     lookahead: int,
-    on_left: Callable[[int], None],
+    on_pass: Callable[[int], None],
 ) -> None:
     device = lm.transformer.lm_head.weight.device
     num_branches = len(active[0].prompts)
@@ -282,7 +303,7 @@ def _decode(
         choices = _choices(lm, active, hidden_BLD, asked, sampling)
         right = [sequence.decide(chosen) for sequence, chosen in zip(active, choices, strict=True)]
         cache.forget([width - 1 - places[count - 1] for places, count in zip(asked, right * num_branches, strict=True)])
-        on_left(sum(sequence.num_missing for sequence in active))
+        on_pass(sum(sequence.num_missing for sequence in active))
         going = [index for index, sequence in enumerate(active) if sequence.num_missing]
         if not going:
             return

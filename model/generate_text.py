@@ -24,10 +24,11 @@ class AnswerConfig(DrawConfig):
 
 @dataclass(frozen=True)
 class Answer:
-    """The text, and whether the model ended it itself (or ran into the limit)."""
+    """The text, whether the model ended it itself (or ran into the limit), and the tokens it chose."""
 
     text: str
     is_complete: bool
+    tokens: tuple[int, ...]
 
 
 @torch.no_grad()
@@ -52,11 +53,12 @@ def generate_text(
     if len(seeds) != len(prompts):
         raise ValueError(f"found {len(seeds)} seeds for {len(prompts)} prompts, expected one each")
     answers = _decode(lm, [prompt.tolist() for prompt in prompts], seeds, num_new, config)
-    eos = lm.vocabulary.eos
-    return [
-        Answer(lm.text.decode(answer[:-1]), True) if answer[-1] == eos else Answer(lm.text.decode(answer), False)
-        for answer in answers
-    ]
+    return [_answer(lm, answer) for answer in answers]
+
+
+def _answer(lm: LanguageModel, tokens: list[int]) -> Answer:
+    is_complete = tokens[-1] == lm.vocabulary.eos
+    return Answer(lm.text.decode(tokens[:-1] if is_complete else tokens), is_complete, tuple(tokens))
 
 
 def _decode(

@@ -187,9 +187,7 @@ class VllmImages:
             room -= length
         return batches
 
-    def _sequences(
-        self, pair: int, request: VisionRequest, sampling: SamplingConfig, meta: MetaTemplate
-    ) -> _Pair:
+    def _sequences(self, pair: int, request: VisionRequest, sampling: SamplingConfig, meta: MetaTemplate) -> _Pair:
         """Prompt and parameters with the prompt, and with guidance also with the negative one."""
         t, h, w = request.grid
         grammar = Grammar(self._vocabulary, request.kind, request.grid, meta)

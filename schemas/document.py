@@ -284,7 +284,9 @@ def write_document(
     Raises: DocumentError if the text is not encodable; SchemaError if a code or a text id is outside the vocabulary.
     """
     written = [
-        text_tokens(part, vocabulary, text) if isinstance(part, str) else block_tokens(part, vocabulary, text, meta=meta)
+        text_tokens(part, vocabulary, text)
+        if isinstance(part, str)
+        else block_tokens(part, vocabulary, text, meta=meta)
         for part in document.parts
     ]
     return _join([vocabulary.bos], *written, [vocabulary.eos])

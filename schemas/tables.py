@@ -1,5 +1,6 @@
 """Every table of the lake, in the order of the road."""
 
+from schemas.answers import ANSWERS
 from schemas.captions import CAPTION_SCORES, CAPTIONERS, CAPTIONS
 from schemas.checkpoints import CHECKPOINTS
 from schemas.clips import CLIPS, SCANS
@@ -33,6 +34,7 @@ TABLES: tuple[Table, ...] = (
     CHECKPOINTS,
     GENERATIONS,
     PREFERENCE_PAIRS,
+    ANSWERS,
     ATTEMPTS,
     RUNS,
 )

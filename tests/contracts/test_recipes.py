@@ -48,6 +48,10 @@ def model_of(command: str) -> type[Config]:
         from jobs.generate import GenerateRecipe
 
         return GenerateRecipe
+    if command == "ask":
+        from jobs.ask import AskRecipe
+
+        return AskRecipe
     raise LookupError(f"no model is known for recipes of `outback {command}`: add it here")
 
 

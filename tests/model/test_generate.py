@@ -68,7 +68,11 @@ def test_mixed_batches_give_documents_that_parse(
     for request, tokens in zip(REQUESTS, made, strict=True):
         document = parsed(lm, tokens, meta)
         assert tokens.dtype == np.uint32
-        assert (document.block.kind, document.caption, document.block.grid) == (request.kind, request.prompt, request.grid)
+        assert (document.block.kind, document.caption, document.block.grid) == (
+            request.kind,
+            request.prompt,
+            request.grid,
+        )
         if request.context_codes is not None:
             assert np.array_equal(document.block.codes[:2], request.context_codes)
     assert steps[-1] == (23, 23)
@@ -277,6 +281,29 @@ def test_long_clips_are_drawn_window_by_window(lm: LanguageModel) -> None:
         part = VisionRequest("x", "video", (length, 3, 3), fps=8, context_codes=expected[start:])
         expected = np.concatenate([expected[:start], parsed(lm, generate_vision(lm, [part], greedy)[0]).block.codes])
     assert np.array_equal(codes, expected)
+
+
+@pytest.mark.parametrize("lookahead", [0, 5])
+def test_rows_are_told_as_soon_as_they_are_whole(lm: LanguageModel, lookahead: int) -> None:
+    requests = [*REQUESTS, VisionRequest("x", "video", (7, 3, 3), fps=8, seed=4)]
+    told: list[tuple[int, int, list[int]]] = []
+    seen: list[int] = []  # codes that were decided when each row was told
+    done = [0]
+    made = generate_vision(
+        lm,
+        requests,
+        GUIDED,
+        lambda codes, _: done.__setitem__(0, codes),
+        lookahead=lookahead,
+        window=Window(num_frames=4, num_kept=2),
+        on_row=lambda request, row, codes: (told.append((request, row, codes.tolist())), seen.append(done[0]))[0],
+    )
+    for index, (request, tokens) in enumerate(zip(requests, made, strict=True)):
+        _, h, w = request.grid
+        given = 0 if request.context_codes is None else len(request.context_codes) * h
+        rows = parsed(lm, tokens).block.codes.reshape(-1, w).tolist()
+        assert [(row, codes) for who, row, codes in told if who == index] == list(enumerate(rows))[given:]
+    assert len(set(seen)) > 10  # along the way, not at the end
 
 
 def test_clips_longer_than_the_context_slide_by_themselves(lm: LanguageModel) -> None:

@@ -117,7 +117,11 @@ def test_drawn_documents_parse_and_seeds_decide(lm: LanguageModel, engine: VllmI
     found = engine.generate(REQUESTS, sampling)
     for request, tokens in zip(REQUESTS, found, strict=True):
         document: Any = parse_document(tokens, lm.vocabulary, lm.text)
-        assert (document.block.kind, document.caption, document.block.grid) == (request.kind, request.prompt, request.grid)
+        assert (document.block.kind, document.caption, document.block.grid) == (
+            request.kind,
+            request.prompt,
+            request.grid,
+        )
     again = engine.generate(REQUESTS[::-1], sampling)
     assert [tokens.tolist() for tokens in again[::-1]] == [tokens.tolist() for tokens in found]
 

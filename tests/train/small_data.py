@@ -36,7 +36,11 @@ def documents(seed: int, count: int) -> list[npt.NDArray[np.uint32]]:
     made = []
     for index in range(count):
         codes = rng.integers(0, VOCABULARY.num_codes, (1, 2, 3))
-        document = TextDocument("ab" * (1 + index % 5)) if index % 3 == 0 else VisionDocument(VisionBlock("image", codes), "red")
+        document = (
+            TextDocument("ab" * (1 + index % 5))
+            if index % 3 == 0
+            else VisionDocument(VisionBlock("image", codes), "red")
+        )
         made.append(write_document(document, VOCABULARY, text))
     return made
 

@@ -1,0 +1,128 @@
+"""Ask: what a language model says about clips, or to a plain question; each answer a row."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from jobs.generate import Models, load_models
+from jobs.progress import progress
+from jobs.run import recorded
+from model.generate_text import AnswerConfig, generate_text
+from schemas.answers import ANSWERS
+from schemas.catalog import Lake
+from schemas.chat import chat_prompt
+from schemas.document import DocumentError, Tokens, VisionBlock, VisionDocument, write_document
+from schemas.errors import ConfigError
+from schemas.recipe import Config, canonical_json, short_hash
+from schemas.vision_tokens import VISION_TOKENS
+
+
+class AskRecipe(Config):
+    """How answers are chosen, and how many at once."""
+
+    batch_size: int = Field(default=8, gt=0)
+    answer: AnswerConfig = AnswerConfig()
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about clips, in order, or about none. Without a text the model is to describe the one clip."""
+
+    text: str | None
+    clip_ids: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answer to a question, and the id of its row."""
+
+    answer_id: str
+    question: Question
+    text: str
+    is_complete: bool
+
+
+def ask(lake: Lake, questions: Sequence[Question], checkpoint: str, recipe: AskRecipe) -> list[Reply]:
+    """Answer what was asked, in order. What the same checkpoint has answered under the same options is not asked again.
+
+    Raises: ConfigError for an unknown checkpoint, a clip without tokens of its tokenizer, or a question too long for the
+        model's context.
+    """
+    models = load_models(lake, checkpoint)
+    blocks = _blocks(lake, models.tokenizer_id, {clip for question in questions for clip in question.clip_ids})
+    prompts = [_prompt(question, [blocks[clip] for clip in question.clip_ids], models) for question in questions]
+    sampling = canonical_json(recipe.answer.model_dump(mode="json"))
+    ids = [
+        short_hash([q.text, list(q.clip_ids), q.seed, sampling, models.checkpoint["checkpoint_id"]]) for q in questions
+    ]
+    found = _stored(lake, ids)
+    todo = [index for index in dict.fromkeys(ids.index(i) for i in ids) if ids[index] not in found]
+    if todo:
+        inputs = {"checkpoint": models.checkpoint["checkpoint_id"], "questions": len(questions), "todo": len(todo)}
+        with recorded(lake, "ask", recipe, inputs) as run, progress("ask") as advance:
+            for start in range(0, len(todo), recipe.batch_size):
+                part = todo[start : start + recipe.batch_size]
+                seeds = [questions[index].seed for index in part]
+                answers = generate_text(models.lm, [prompts[index] for index in part], recipe.answer, seeds=seeds)
+                rows = [
+                    {
+                        "answer_id": ids[index],
+                        "question": questions[index].text,
+                        "clip_ids": list(questions[index].clip_ids),
+                        "seed": questions[index].seed,
+                        "sampling": sampling,
+                        "checkpoint_id": models.checkpoint["checkpoint_id"],
+                        "tokenizer_id": models.tokenizer_id,
+                        "text": answer.text,
+                        "is_complete": answer.is_complete,
+                        "tokens": np.append(prompts[index], answer.tokens).astype("<u4").tobytes(),
+                    }
+                    for index, answer in zip(part, answers, strict=True)
+                ]
+                lake.append(ANSWERS, rows, run.run_id)
+                found |= {row["answer_id"]: row for row in rows}
+                advance(start + len(part), len(todo), "")
+            run.outcome["answers"] = len(todo)
+    return [
+        Reply(i, question, found[i]["text"], found[i]["is_complete"])
+        for i, question in zip(ids, questions, strict=True)
+    ]
+
+
+def _blocks(lake: Lake, tokenizer_id: str, clip_ids: set[str]) -> dict[str, VisionBlock]:
+    rows = lake.read_where(VISION_TOKENS, "clip_id", sorted(clip_ids)).to_pylist()
+    blocks = {
+        row["clip_id"]: VisionBlock(
+            row["kind"], np.frombuffer(row["codes"], "<u2").reshape(row["t"], row["h"], row["w"]), row["fps"]
+        )
+        for row in rows
+        if row["tokenizer_id"] == tokenizer_id
+    }
+    if missing := sorted(clip_ids - set(blocks)):
+        raise ConfigError(
+            f"{len(missing)} clips have no tokens by tokenizer {tokenizer_id}, the first is {missing[0]}: run "
+            "`outback tokenize` on a set that holds them"
+        )
+    return blocks
+
+
+def _prompt(question: Question, blocks: list[VisionBlock], models: Models) -> Tokens:
+    vocabulary, text = models.lm.vocabulary, models.lm.text
+    if question.text is None and len(blocks) != 1:
+        raise ConfigError(f"found {len(blocks)} clips and no question, expected a question, or one clip to describe")
+    try:
+        if question.text is None:
+            return write_document(VisionDocument(blocks[0]), vocabulary, text)[:-1]
+        return chat_prompt(question.text, blocks, vocabulary, text)
+    except DocumentError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _stored(lake: Lake, ids: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    columns = ["answer_id", "text", "is_complete"]
+    rows = lake.read_where(ANSWERS, "answer_id", sorted(set(ids)), columns).to_pylist()
+    return {row["answer_id"]: row for row in rows}

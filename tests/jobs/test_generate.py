@@ -1,0 +1,90 @@
+"""Drawings of a lake's model: each once, as a row and a file with the same facts, and shown while it comes."""
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs import generate as module
+from jobs.generate import Ask, GenerateRecipe, generate
+from schemas.catalog import Lake
+from schemas.errors import ConfigError
+from schemas.generations import GENERATIONS
+from tests.jobs.small_models import FPS, make_lake
+
+RECIPE = GenerateRecipe(h=3, w=3, video_t=4, fps=FPS, lookahead=2)
+
+
+@pytest.fixture(scope="module")
+def lake(tmp_path_factory: pytest.TempPathFactory) -> Lake:
+    return make_lake(tmp_path_factory.mktemp("models"))
+
+
+def test_a_drawing_is_a_row_and_a_file_that_says_the_same(lake: Lake) -> None:
+    asks = [Ask("a cat\nand a dog", "image", 5), Ask("", "video", 6), Ask("on", "video", 7, "moving", 2)]
+    image, video, continued = drawn = generate(lake, asks, "latest", RECIPE)
+    rows = {row["generation_id"]: row for row in lake.read(GENERATIONS).to_pylist()}
+    for found, ask in zip(drawn, asks, strict=True):
+        row = rows[found.generation_id]
+        assert (row["prompt"], row["kind"], row["seed"]) == (ask.prompt, ask.kind, ask.seed)
+        assert Path(row["uri"]) == found.path
+        assert row["checkpoint_id"] == "talker"
+    assert rows[continued.generation_id]["continued_clip_id"] == "moving"
+    with Image.open(image.path) as picture:
+        assert np.array_equal(np.asarray(picture), image.frames[0])
+        told = dict(picture.text)  # type: ignore[attr-defined]
+    assert told["outback.generation"] == image.generation_id
+    assert (told["prompt"], told["seed"], told["outback.checkpoint"]) == ("a cat\nand a dog", "5", "talker")
+    with av.open(str(video.path)) as container:
+        assert json.loads(container.metadata["comment"])["outback.generation"] == video.generation_id
+        assert container.streams.video[0].average_rate == FPS
+        assert sum(1 for _ in container.decode(video=0)) == len(video.frames) == 16
+
+
+def test_what_is_there_is_not_drawn_again_and_a_lost_file_comes_back(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (first,) = generate(lake, [Ask("once", "image", 1)], "talker", RECIPE)
+    first.path.unlink()
+    monkeypatch.setattr(module, "generate_vision", None)
+    (again,) = generate(lake, [Ask("once", "image", 1)], "latest", RECIPE.model_copy(update={"lookahead": 7}))
+    assert again.generation_id == first.generation_id
+    assert np.array_equal(again.frames, first.frames)
+    assert again.path.exists()
+
+
+def test_pictures_of_what_is_there_so_far(lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PREVIEW_S", 0.0)
+    seen: list[tuple[str, np.ndarray]] = []
+    write = module._write_png
+
+    def note(path: Path, image: module.Frames, facts: dict[str, str]) -> None:
+        if path.parent == tmp_path:
+            seen.append((path.name, image))
+        write(path, image, facts)
+
+    monkeypatch.setattr(module, "_write_png", note)
+    image, video = generate(lake, [Ask("slow", "image", 2), Ask("slow", "video", 2)], "latest", RECIPE, preview=tmp_path)
+    of_image = [picture for name, picture in seen if image.generation_id in name]
+    assert [picture.shape for picture in of_image] == [(8, 24, 3), (16, 24, 3), (24, 24, 3)]
+    assert np.array_equal(of_image[-1], image.frames[0])
+    of_video = [picture for name, picture in seen if video.generation_id in name]
+    assert np.array_equal(np.stack(of_video), video.frames[3::4])  # the last of each four, as they become whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        f"{found.generation_id}.png" for found in (image, video)
+    )
+
+
+def test_what_cannot_be_drawn_is_said(lake: Lake) -> None:
+    for asked, words in (
+        (Ask("x", "video", 0, "nowhere", 1), "run `outback tokenize`"),
+        (Ask("x", "video", 0, "moving", 4), "the clip has 4, and 4 are to be made in all"),
+        (Ask("\ud800", "image", 0), "not valid Unicode"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            generate(lake, [asked], "latest", RECIPE)
+    with pytest.raises(ConfigError, match="names 0 pretrain checkpoints"):
+        generate(lake, [Ask("x", "image", 0)], "nobody", RECIPE)
