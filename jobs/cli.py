@@ -219,7 +219,8 @@ def generate(
         int, typer.Option("--seed", min=0, max=MAX_SEED, help="Seed of the first prompt; the next ones count up.")
     ] = 0,
     preview: Annotated[
-        Path | None, typer.Option("--preview", help="Folder for pictures of what is drawn so far, renewed as rows come.")
+        Path | None,
+        typer.Option("--preview", help="Folder for pictures of what is drawn so far, renewed as rows come."),
     ] = None,
     overrides: SetOption = None,
     lake: LakeOption = "./lake",

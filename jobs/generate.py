@@ -43,6 +43,8 @@ class GenerateRecipe(Config):
     batch_size: int = Field(default=8, gt=0)
     lookahead: int = Field(default=8, ge=0)
     """Codes guessed and checked in each pass: the same codes in fewer passes."""
+    compiled: bool = False
+    """Steps of fixed shapes, compiled at the start: worth it for many drawings of one size."""
     window_t: int | None = Field(default=None, ge=2)
     """Latent frames of a clip that are drawn in one document; unset, as many as the model's context holds."""
     keep_t: int = Field(default=12, ge=1)
@@ -121,6 +123,7 @@ def generate(
                     lookahead=recipe.lookahead,
                     window=Window(recipe.window_t, recipe.keep_t),
                     on_row=coming,
+                    compiled=recipe.compiled,
                 )
             except DocumentError as error:  # a prompt or a rate that no document can hold
                 raise ConfigError(str(error)) from error

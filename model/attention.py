@@ -56,6 +56,9 @@ def plan_attention(document_ids_BL: Tensor | None, attention_mask_BL: Tensor | N
 def plan_cached(kv_cache: KvCache, num_new: int) -> AttentionPlan:
     """New tokens after those in the cache -> each sees its row's earlier tokens and itself."""
     places_BL = kv_cache.places(num_new)
+    if kv_cache.is_static:
+        seen_S = torch.arange(kv_cache.max_length, device=places_BL.device)
+        return AttentionPlan(mask_B1LS=places_BL[:, None, :, None] >= seen_S, causal=False, places_BL=places_BL)
     if not any(kv_cache.lengths):
         return AttentionPlan(places_BL=places_BL)
     if num_new == 1 and min(kv_cache.lengths) == max(kv_cache.lengths):

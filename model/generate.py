@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from model.sampling import SamplingConfig, choose, guide, place_noise
+from model.transformer import MAX_STEP_LEN
 from model.weights import LanguageModel
 from schemas.document import Grammar, Grid, Kind, MetaTemplate, Tokens, prompt_tokens
 from schemas.errors import ConfigError
 from schemas.vocabulary import IntArray
 
+CACHE_STEP = 512
 TOKENS_PER_CODE = 5  # at most: a code, EOL, EOF, EOI and EOS
 
 Progress = Callable[[int, int], None]  # codes chosen so far, codes to choose
@@ -157,12 +159,14 @@ def generate_vision(
     lookahead: int = 0,
     window: Window = Window(),
     on_row: OnRow | None = None,
+    compiled: bool = False,
 ) -> list[Tokens]:
     """Requests -> the tokens of each whole document, BOS to EOS, uint32; they always parse.
 
     All requests are one batch, with both guidance branches in the same forward pass. Only ids of codes are scored;
     tokens that the grammar forces are fed along with the code before them. `lookahead` codes are guessed and checked in each
     pass: the codes are the same, and the passes fewer. A clip of more frames than the window holds is drawn window by window.
+    `compiled` steps have fixed shapes and are compiled at their first use, which takes a minute and a C++ compiler.
     `on_row` gets each row of codes as soon as it is whole; of a request its rows come in order, without those of its context.
 
     Raises: ConfigError if a document does not fit into the model's context; DocumentError if a request is contradictory;
@@ -186,7 +190,7 @@ def generate_vision(
                     for row, codes_W in clip.new_rows(sequence):
                         on_row(clips.index(clip), row, codes_W)
 
-        _decode(lm, sequences, sampling, lookahead, on_pass)
+        _decode(lm, sequences, sampling, lookahead, on_pass, compiled)
         left = later
         for clip, sequence in pairs:
             clip.take(sequence)
@@ -283,17 +287,24 @@ def _decode(
     sampling: SamplingConfig,
     lookahead: int,
     on_pass: Callable[[int], None],
+    compiled: bool,
 ) -> None:
     device = lm.transformer.lm_head.weight.device
     num_branches = len(active[0].prompts)
     # Row order: every request's first branch, then every request's second.
     heads = [sequence.prompts[branch].tolist() for branch in range(num_branches) for sequence in active]
     longest = max(map(len, heads)) + max(sequence.grammar.length for sequence in active)
-    cache = lm.transformer.new_cache(len(heads), longest + TOKENS_PER_CODE * (lookahead + 1))
+    room = longest + TOKENS_PER_CODE * (lookahead + 1)
+    if compiled:  # other prompts and grids find the same shapes
+        room = -(-(room + MAX_STEP_LEN) // CACHE_STEP) * CACHE_STEP
+    cache = lm.transformer.new_cache(len(heads), room, is_static=compiled)
     while True:
-        proposals = [sequence.proposal(lookahead) for sequence in active]
+        # Those that are finished stay, and feed nothing, where another number of rows would be compiled again.
+        proposals = [sequence.proposal(lookahead) if sequence.num_missing else ([], []) for sequence in active]
         rows = [head + tokens for head, (tokens, _) in zip(heads, proposals * num_branches, strict=True)]
         width = max(map(len, rows))
+        if compiled and width <= MAX_STEP_LEN:
+            width = 1 << (width - 1).bit_length()
         tokens_BL = torch.tensor([row + [lm.vocabulary.pad] * (width - len(row)) for row in rows], device=device)
         hidden_BLD = lm.transformer.hidden(tokens_BL, kv_cache=cache)
         asked = [
@@ -301,13 +312,16 @@ def _decode(
             for head, (_, places) in zip(heads, proposals * num_branches, strict=True)
         ]
         choices = _choices(lm, active, hidden_BLD, asked, sampling)
-        right = [sequence.decide(chosen) for sequence, chosen in zip(active, choices, strict=True)]
-        cache.forget([width - 1 - places[count - 1] for places, count in zip(asked, right * num_branches, strict=True)])
+        right = [sequence.decide(chosen) if chosen else 0 for sequence, chosen in zip(active, choices, strict=True)]
+        kept = [
+            places[count - 1] + 1 if count else 0 for places, count in zip(asked, right * num_branches, strict=True)
+        ]
+        cache.forget([width - count for count in kept])
         on_pass(sum(sequence.num_missing for sequence in active))
         going = [index for index, sequence in enumerate(active) if sequence.num_missing]
         if not going:
             return
-        if len(going) < len(active):
+        if len(going) < len(active) and not compiled:
             cache.select([branch * len(active) + index for branch in range(num_branches) for index in going])
             active = [active[index] for index in going]
         heads = [[]] * (len(active) * num_branches)
@@ -331,7 +345,9 @@ def _choices(
         scores_NV = guide(conditional_NV, unconditional_NV, sampling.guidance)
     noise_NV = None
     if sampling.temperature > 0:
-        noise = [row_V for sequence in active for row_V in sequence.noise.rows(sequence.places())]
+        noise = [
+            row_V for sequence in active if sequence.num_missing for row_V in sequence.noise.rows(sequence.places())
+        ]
         noise_NV = torch.stack(noise).to(device)
     chosen = iter((choose(scores_NV, noise_NV, sampling) + lm.vocabulary.vision_offset).tolist())
     return [[next(chosen) for _ in places] for places in asked[: len(active)]]

@@ -13,7 +13,10 @@ from torch import Tensor
 
 
 class KvCache:
-    """Room for `max_length` tokens of each row, taken once. `lengths` says how many of each row are filled."""
+    """Room for `max_length` tokens of each row, taken once. `lengths` says how many of each row are filled.
+
+    is_static: layers read all of the room, whatever is filled, so that every step has the same shapes and is compiled once.
+    """
 
     def __init__(
         self,
@@ -25,11 +28,12 @@ class KvCache:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        is_static: bool = False,
     ) -> None:
         shape = (batch_size, num_kv_heads, max_length, head_dim)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(num_layers)]
-        self.max_length = max_length
+        self.max_length, self.is_static = max_length, is_static
         self.lengths = [0] * batch_size
 
     def places(self, num_new: int) -> Tensor:
@@ -45,6 +49,11 @@ class KvCache:
 
     def update(self, layer: int, keys_BKLC: Tensor, values_BKLC: Tensor, places_BL: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values -> all of that layer's up to the longest row, (B, K, S, C)."""
+        if self.is_static:
+            index = places_BL[:, None, :, None].expand_as(keys_BKLC)
+            self.keys[layer].scatter_(2, index, keys_BKLC)
+            self.values[layer].scatter_(2, index, values_BKLC)
+            return self.keys[layer], self.values[layer]
         start, num_new = max(self.lengths), keys_BKLC.shape[2]
         for store, new_BKLC in ((self.keys[layer], keys_BKLC), (self.values[layer], values_BKLC)):
             if min(self.lengths) == start:

@@ -3,6 +3,7 @@
 Shapes: B batch, L tokens, S tokens seen and new, D hidden, V vocabulary.
 """
 
+from collections.abc import Callable
 from types import MappingProxyType
 from typing import Self
 
@@ -17,6 +18,7 @@ from model.rope import rotary_tables
 from schemas.recipe import Config
 
 INIT_STD = 0.02
+MAX_STEP_LEN = 64  # new tokens of a step of decoding; what is longer is a prompt, of any length
 
 
 class TransformerConfig(Config):
@@ -161,6 +163,7 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._step: Callable[..., Tensor] | None = None
         self.init_weights()
 
     def init_weights(self, pad_token: int | None = None) -> None:
@@ -226,7 +229,9 @@ class Transformer(nn.Module):
         if positions_BL is None:
             positions_BL = _positions(tokens_BL, document_ids_BL, attention_mask_BL)
         rotary = rotary_tables(positions_BL, self.config.head_dim, self.config.rope_theta)
-        hidden_BLD: Tensor = self.model(tokens_BL, rotary, plan, kv_cache)
+        is_step = kv_cache is not None and kv_cache.is_static and tokens_BL.shape[1] <= MAX_STEP_LEN
+        network = self._compiled_step() if is_step else self.model
+        hidden_BLD: Tensor = network(tokens_BL, rotary, plan, kv_cache)
         if kv_cache is not None:
             kv_cache.advance(tokens_BL.shape[1])
         return hidden_BLD
@@ -238,8 +243,16 @@ class Transformer(nn.Module):
             return out.float()
         return F.linear(hidden_BLD, self.lm_head.weight[rows]).float()
 
-    def new_cache(self, batch_size: int, max_length: int) -> KvCache:
-        """An empty cache for these many rows and tokens, on the device and in the dtype of the weights."""
+    def _compiled_step(self) -> Callable[..., Tensor]:
+        """The decoder compiled for steps of decoding: once for each number of rows and of new tokens."""
+        if self._step is None:
+            self._step = torch.compile(self.model, dynamic=False)
+        return self._step
+
+    def new_cache(self, batch_size: int, max_length: int, *, is_static: bool = False) -> KvCache:
+        """An empty cache for these many rows and tokens, on the device and in the dtype of the weights. With a static one
+        steps of up to `MAX_STEP_LEN` tokens are compiled.
+        """
         weight, config = self.lm_head.weight, self.config
         return KvCache(
             config.num_layers,
@@ -249,6 +262,7 @@ class Transformer(nn.Module):
             config.head_dim,
             device=weight.device,
             dtype=weight.dtype,
+            is_static=is_static,
         )
 
 

@@ -67,7 +67,9 @@ def test_pictures_of_what_is_there_so_far(lake: Lake, tmp_path: Path, monkeypatc
         write(path, image, facts)
 
     monkeypatch.setattr(module, "_write_png", note)
-    image, video = generate(lake, [Ask("slow", "image", 2), Ask("slow", "video", 2)], "latest", RECIPE, preview=tmp_path)
+    image, video = generate(
+        lake, [Ask("slow", "image", 2), Ask("slow", "video", 2)], "latest", RECIPE, preview=tmp_path
+    )
     of_image = [picture for name, picture in seen if image.generation_id in name]
     assert [picture.shape for picture in of_image] == [(8, 24, 3), (16, 24, 3), (24, 24, 3)]
     assert np.array_equal(of_image[-1], image.frames[0])

@@ -1,6 +1,7 @@
 """Generation: documents always parse, seeds decide, the cache and the batch change nothing."""
 
 import copy
+import shutil
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from model.transformer import Transformer, TransformerConfig
 from model.weights import LanguageModel
 from schemas.document import Grammar, MetaTemplate, Tokens, VisionDocument, parse_document, prompt_tokens
 from schemas.errors import ConfigError
-from schemas.vocabulary import Vocabulary
+from schemas.vocabulary import IntArray, Vocabulary
 
 VOCABULARY = Vocabulary(num_text=256, num_codes=24)
 GREEDY = SamplingConfig(temperature=0, guidance=1)
@@ -283,27 +284,40 @@ def test_long_clips_are_drawn_window_by_window(lm: LanguageModel) -> None:
     assert np.array_equal(codes, expected)
 
 
+@pytest.mark.slow  # compiling takes a minute
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="compiling needs a C++ compiler")
+@pytest.mark.parametrize("lookahead", [0, 4])
+def test_compiled_steps_choose_the_same(lm: LanguageModel, lookahead: int) -> None:
+    compiled = LanguageModel(copy.deepcopy(lm.transformer), lm.vocabulary, lm.text)
+    for sampling in (GREEDY, GUIDED):
+        expected = generate_vision(lm, REQUESTS, sampling)
+        found = generate_vision(compiled, REQUESTS, sampling, lookahead=lookahead, compiled=True)
+        assert [tokens.tolist() for tokens in found] == [tokens.tolist() for tokens in expected]
+
+
 @pytest.mark.parametrize("lookahead", [0, 5])
 def test_rows_are_told_as_soon_as_they_are_whole(lm: LanguageModel, lookahead: int) -> None:
     requests = [*REQUESTS, VisionRequest("x", "video", (7, 3, 3), fps=8, seed=4)]
     told: list[tuple[int, int, list[int]]] = []
-    seen: list[int] = []  # codes that were decided when each row was told
-    done = [0]
-    made = generate_vision(
-        lm,
-        requests,
-        GUIDED,
-        lambda codes, _: done.__setitem__(0, codes),
-        lookahead=lookahead,
-        window=Window(num_frames=4, num_kept=2),
-        on_row=lambda request, row, codes: (told.append((request, row, codes.tolist())), seen.append(done[0]))[0],
-    )
+    steps: list[int] = []  # codes that were decided when each row was told
+    decided = 0
+
+    def on_progress(codes: int, _: int) -> None:
+        nonlocal decided
+        decided = codes
+
+    def on_row(request: int, row: int, codes: IntArray) -> None:
+        told.append((request, row, codes.tolist()))
+        steps.append(decided)
+
+    window = Window(num_frames=4, num_kept=2)
+    made = generate_vision(lm, requests, GUIDED, on_progress, lookahead=lookahead, window=window, on_row=on_row)
     for index, (request, tokens) in enumerate(zip(requests, made, strict=True)):
         _, h, w = request.grid
         given = 0 if request.context_codes is None else len(request.context_codes) * h
         rows = parsed(lm, tokens).block.codes.reshape(-1, w).tolist()
         assert [(row, codes) for who, row, codes in told if who == index] == list(enumerate(rows))[given:]
-    assert len(set(seen)) > 10  # along the way, not at the end
+    assert len(set(steps)) > 10  # along the way, not at the end
 
 
 def test_clips_longer_than_the_context_slide_by_themselves(lm: LanguageModel) -> None:
