@@ -1,6 +1,6 @@
 """How fast images are decoded, beside transformers' generate, and how fast pixels and codes turn into one another.
 
-Usage: python benchmarks/generate.py [decode | tokenizer]
+Usage: python benchmarks/generate.py [decode | tokenizer | gpu] [--size 8b] [--device cuda] [--side 90] [--compiled]
 
 `decode`: a model of about 100 million parameters with the published vocabulary of 184,622 ids and random weights draws an
 image of 32 x 32 codes, with guidance and under the grammar, in float32. transformers gets the same weights, prompts, guidance
@@ -8,6 +8,11 @@ and constraint, as its documentation says; greedy tokens must be the same. Then 
 
 `tokenizer`: a vision tokenizer of the published shape and codebook, a quarter as wide, with random weights, beside
 transformers' on the same pixels and codes, at 256 x 256; and the peak memory of each at 512 x 512, in a process of its own.
+
+`gpu`, where there is one: the published size with random weights in bf16 draws 90 x 90 codes (720 x 720 pixels) with guidance,
+for one request and for 16 at once. The limit is the time to read from memory what each pass needs: the layers' weights, the
+head's rows that are scored, and the keys and values of all rows. Published for such a picture: 260 s as released, 68 s at best
+since.
 """
 
 import argparse
@@ -27,7 +32,7 @@ from model.export import export_language_model, export_vision_tokenizer
 from model.generate import VisionRequest, generate_vision
 from model.sampling import SamplingConfig
 from model.text_tokenizer import TinyBpe
-from model.transformer import Transformer, TransformerConfig
+from model.transformer import TRANSFORMER_SIZES, Transformer, TransformerConfig, transformer_size
 from model.vision_tokenizer.config import VisionTokenizerConfig
 from model.vision_tokenizer.tokenizer import VisionTokenizer
 from model.weights import LanguageModel
@@ -38,6 +43,8 @@ SIDE = 32
 GRID = (1, SIDE, SIDE)
 GUIDANCE = 3.0
 ROUNDS = 3
+BYTES = 2  # of bf16
+SMALL_SIDE = 24
 PROMPT = "a red bird on a branch"
 CONFIG = TransformerConfig(
     vocab_size=EMU3.size, hidden_size=256, intermediate_size=768, num_layers=2, num_heads=4, num_kv_heads=1, head_dim=64
@@ -57,22 +64,23 @@ def make_model() -> LanguageModel:
     return LanguageModel(transformer, EMU3, TinyBpe.train([], 256))
 
 
-def by_transformers(folder: Path, *, greedy: bool) -> tuple[list[int], float]:
+def by_transformers(folder: Path, *, greedy: bool, side: int = SIDE, device: str = "cpu") -> tuple[list[int], float]:
     """Tokens after IMG, and seconds."""
     from transformers import Emu3ForCausalLM
 
-    network: Any = Emu3ForCausalLM.from_pretrained(folder).eval()
+    network: Any = Emu3ForCausalLM.from_pretrained(folder).eval().to(device)
     codec = TinyBpe.train([], 256)
     prompt, negative = (
-        torch.tensor([prompt_tokens(text, "image", GRID, None, EMU3, codec).tolist()]) for text in (PROMPT, "")
+        torch.tensor([prompt_tokens(text, "image", (1, side, side), None, EMU3, codec).tolist()], device=device)
+        for text in (PROMPT, "")
     )
     vision_tokens = list(range(EMU3.vision_offset, EMU3.size))
 
     def allowed(_: int, tokens: Tensor) -> list[int]:
         offset = len(tokens) - int(torch.nonzero(tokens == EMU3.img)[0])
-        if offset % (SIDE + 1) == 0:
+        if offset % (side + 1) == 0:
             return [EMU3.eol]
-        ends = {SIDE * (SIDE + 1) + 1: EMU3.eof, SIDE * (SIDE + 1) + 2: EMU3.eoi, SIDE * (SIDE + 1) + 3: EMU3.eos}
+        ends = {side * (side + 1) + 1: EMU3.eof, side * (side + 1) + 2: EMU3.eoi, side * (side + 1) + 3: EMU3.eos}
         return [ends[offset]] if offset in ends else vision_tokens
 
     how: dict[str, Any] = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 2048, "temperature": 1.0}
@@ -84,22 +92,28 @@ def by_transformers(folder: Path, *, greedy: bool) -> tuple[list[int], float]:
         negative_prompt_attention_mask=torch.ones_like(negative),
         guidance_scale=GUIDANCE,
         prefix_allowed_tokens_fn=allowed,
-        max_new_tokens=SIDE * (SIDE + 1) + 3,
+        max_new_tokens=side * (side + 1) + 3,
         **how,
     )
     return found[0, prompt.shape[1] :].tolist(), time.perf_counter() - started
 
 
-def by_us(*, greedy: bool, lookahead: int = 0, whole_head: bool = False) -> tuple[list[int], float]:
-    """Tokens after IMG, and seconds. `whole_head` scores all ids, as one that knows no grammar must."""
+def by_us(
+    *, greedy: bool, lookahead: int = 0, whole_head: bool = False, compiled: bool = False
+) -> tuple[list[int], float]:
+    """Tokens after IMG, and seconds. `whole_head` scores all ids, as one that knows no grammar must. What is `compiled` was
+    so before the clock starts.
+    """
     lm = make_model()
     if whole_head:
         score = lm.transformer.logits
         lm.transformer.logits = lambda hidden, rows=None: score(hidden)[..., rows]  # type: ignore[method-assign]
     sampling = SamplingConfig(temperature=0.0 if greedy else 1.0, guidance=GUIDANCE)
     length = len(prompt_tokens(PROMPT, "image", GRID, None, EMU3, lm.text))
+    if compiled:
+        generate_vision(lm, [REQUEST], sampling, lookahead=lookahead, compiled=True)
     started = time.perf_counter()
-    (found,) = generate_vision(lm, [REQUEST], sampling, lookahead=lookahead)
+    (found,) = generate_vision(lm, [REQUEST], sampling, lookahead=lookahead, compiled=compiled)
     return found[length:].tolist(), time.perf_counter() - started
 
 
@@ -122,6 +136,7 @@ def decode() -> None:
             "here, sampled": (by_us, {"greedy": False}),
             "here, sampled, scoring all ids": (by_us, {"greedy": False, "whole_head": True}),
             "here, sampled, one branch after the other": (branch_by_branch, {}),
+            "here, sampled, compiled": (by_us, {"greedy": False, "compiled": True}),
             "here, sampled, 8 codes ahead": (by_us, {"greedy": False, "lookahead": 8}),
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -134,8 +149,9 @@ def decode() -> None:
                 memory[name].append(peak_mb)
             if tokens["transformers, greedy"] != tokens["here, greedy"]:
                 raise RuntimeError("transformers chose other tokens")
-            if tokens["here, sampled"] != tokens["here, sampled, 8 codes ahead"]:
-                raise RuntimeError("looking ahead changed the tokens")
+            for name in ("here, sampled, 8 codes ahead", "here, sampled, compiled", "here, sampled, scoring all ids"):
+                if tokens["here, sampled"] != tokens[name]:
+                    raise RuntimeError(f"{name}: other tokens")
         count = SIDE * (SIDE + 1) + 3
         for name in ways:
             kind = "greedy" if "greedy" in name else "sampled"
@@ -221,7 +237,58 @@ def nothing() -> None:
     assert modeling_emu3
 
 
-# --- both ---
+# --- a GPU ---
+
+
+def make_large(size: str, device: str) -> LanguageModel:
+    """Random weights of a named size in bf16, made on the device."""
+    with torch.device(device):
+        transformer = Transformer(transformer_size(size, EMU3.size)).to(torch.bfloat16)
+    return LanguageModel(transformer.eval(), EMU3, TinyBpe.train([], 256))
+
+
+def bytes_per_pass(config: TransformerConfig, num_rows: int, length: int) -> float:
+    """What a pass reads at the least, with caches half full on average."""
+    attention = config.hidden_size * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+    layer = attention + 3 * config.hidden_size * config.intermediate_size
+    weights = config.num_layers * layer + EMU3.num_codes * config.hidden_size
+    cached = 2 * config.num_layers * config.num_kv_heads * config.head_dim * num_rows * length / 2
+    return BYTES * (weights + cached)
+
+
+def drawing_seconds(lm: LanguageModel, side: int, batch: int, compiled: bool) -> float:
+    """To draw a batch of images. What is compiled was so before the clock starts."""
+    requests = [VisionRequest(PROMPT, "image", (1, side, side), seed=seed) for seed in range(batch)]
+    sampling = SamplingConfig(guidance=GUIDANCE)
+    if compiled:
+        generate_vision(lm, requests, sampling, compiled=True)
+    started = time.perf_counter()
+    generate_vision(lm, requests, sampling, compiled=compiled)  # tokens are on the CPU when it returns
+    return time.perf_counter() - started
+
+
+def gpu(size: str, device: str, side: int, bandwidth_gb_s: float, compiled: bool) -> None:
+    """Print codes per second, the share of the limit, and a ratio to transformers on a smaller image."""
+    lm = make_large(size, device)
+    for batch in (1, 16):
+        took = drawing_seconds(lm, side, batch, compiled)
+        per_pass = took / side**2
+        limit = bytes_per_pass(lm.transformer.config, 2 * batch, side * (side + 1)) / bandwidth_gb_s / 1e9
+        print(
+            f"batch {batch}: {batch / per_pass:.0f} codes/s, {took:.1f} s, {1e3 * per_pass:.2f} ms a pass; memory allows "
+            f"{1e3 * limit:.2f} ms, {limit / per_pass:.0%} of the limit",
+            flush=True,
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        export_language_model(Path(folder) / "hub", lm, "transformers")
+        small = min(side, SMALL_SIDE)
+        ours = drawing_seconds(lm, small, 1, compiled)
+        del lm  # the GPU has room for one of them
+        _, theirs = by_transformers(Path(folder) / "hub", greedy=False, side=small, device=device)
+    print(f"{small} x {small} codes: {theirs:.1f} s by transformers, {ours:.1f} s here, {theirs / ours:.2f} times")
+
+
+# --- all ---
 
 
 def alone(function: Callable[..., Any], options: dict[str, Any]) -> tuple[Any, float]:
@@ -237,8 +304,18 @@ def _measured(function: Callable[..., Any], options: dict[str, Any]) -> tuple[An
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=["decode", "tokenizer"], help="one of the two alone")
-    part = parser.parse_args().part
-    for measure in (decode, tokenizer):
-        if part in (None, measure.__name__):
-            measure()
+    parser.add_argument("part", nargs="?", choices=["decode", "tokenizer", "gpu"], help="one of them alone")
+    parser.add_argument("--size", choices=list(TRANSFORMER_SIZES), default="8b")
+    parser.add_argument(
+        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu, with a small size, tries the command"
+    )
+    parser.add_argument("--side", type=int, default=90, help="codes on an edge of the picture")
+    parser.add_argument("--bandwidth-gb-s", type=float, default=3350.0, help="of the GPU's memory, as its maker says")
+    parser.add_argument("--compiled", action="store_true", help="compile the step")
+    given = parser.parse_args()
+    if given.part in (None, "decode"):
+        decode()
+    if given.part in (None, "tokenizer"):
+        tokenizer()
+    if given.part == "gpu" or (given.part is None and torch.cuda.is_available()):
+        gpu(given.size, given.device, given.side, given.bandwidth_gb_s, given.compiled)

@@ -3,7 +3,8 @@
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +17,8 @@ from pydantic import Field
 from jobs.checkpoints import checkpoint_row
 from jobs.progress import progress
 from jobs.run import recorded
-from model.generate import VisionRequest, Window, generate_vision
+from model.export import export_language_model
+from model.generate import OnRow, Progress, VisionRequest, Window, generate_vision
 from model.sampling import SamplingConfig
 from model.vision_tokenizer.pixels import rgb_from_pixels
 from model.vision_tokenizer.tokenizer import VisionTokenizer
@@ -30,7 +32,18 @@ from schemas.sequences import SEQUENCE_SETS
 from schemas.vision_tokens import TOKENIZERS, VISION_TOKENS
 
 Frames = npt.NDArray[np.uint8]
+Draw = Callable[[Sequence[VisionRequest], Progress, OnRow | None], list[Tokens]]
 PREVIEW_S = 1.0
+
+
+class VllmEngineConfig(Config):
+    """How large vLLM's engine is. `max_pairs` drawings are made at once, each as two sequences when there is guidance."""
+
+    max_pairs: int = Field(default=8, ge=1)
+    dtype: str = "auto"
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    enforce_eager: bool = False
+    cpu_kv_cache_gb: int = Field(default=4, ge=1)
 
 
 class GenerateRecipe(Config):
@@ -50,6 +63,9 @@ class GenerateRecipe(Config):
     keep_t: int = Field(default=12, ge=1)
     """With how many of its last latent frames a clip goes on in a new document."""
     sampling: SamplingConfig = SamplingConfig()
+    engine: Literal["outback", "vllm"] = "outback"
+    """vLLM draws the exported checkpoint. Its seeds give other drawings; it guesses nothing ahead and has no windows."""
+    vllm: VllmEngineConfig = VllmEngineConfig()
 
 
 @dataclass(frozen=True)
@@ -108,31 +124,66 @@ def generate(
     if not todo:
         return [_generation(lake, models, i, ask, tokens[i]) for i, ask in zip(ids, asks, strict=True)]
     inputs = {"checkpoint": checkpoint_id, "asks": len(asks), "todo": len(todo)}
-    with recorded(lake, "generate", recipe, inputs) as run, progress("generate") as advance:
+    made: dict[str, Generation] = {}
+    with (
+        recorded(lake, "generate", recipe, inputs) as run,
+        progress("generate") as advance,
+        _drawing(lake, models, recipe) as draw,
+    ):
+        run.outcome["generations"] = 0
         for start in range(0, len(todo), recipe.batch_size):
             part = todo[start : start + recipe.batch_size]
+
+            def on_codes(done: int, total: int, start: int = start) -> None:
+                advance(start, len(todo), f"{done} of {total} codes")
+
             coming = None
             if preview is not None:
                 names = [ids[index] for index in part]
                 coming = _Preview(preview, models.vision, names, [requests[index] for index in part])
             try:
-                drawn = generate_vision(
-                    models.lm,
-                    [requests[index] for index in part],
-                    recipe.sampling,
-                    lookahead=recipe.lookahead,
-                    window=Window(recipe.window_t, recipe.keep_t),
-                    on_row=coming,
-                    compiled=recipe.compiled,
-                )
+                drawn = draw([requests[index] for index in part], on_codes, coming)
             except DocumentError as error:  # a prompt or a rate that no document can hold
                 raise ConfigError(str(error)) from error
-            tokens |= {ids[index]: document for index, document in zip(part, drawn, strict=True)}
+            rows = []
+            for index, document in zip(part, drawn, strict=True):
+                generation = _generation(lake, models, ids[index], asks[index], document)
+                tokens[ids[index]], made[ids[index]] = document, generation
+                rows.append(_row(generation, requests[index], recipe, models, document))
+            run.outcome["generations"] += lake.append(GENERATIONS, rows, run.run_id)  # what is drawn is kept
             advance(start + len(part), len(todo), "")
-        generations = [_generation(lake, models, i, ask, tokens[i]) for i, ask in zip(ids, asks, strict=True)]
-        rows = [_row(generations[i], requests[i], recipe, models, tokens[ids[i]]) for i in todo]
-        run.outcome["generations"] = lake.append(GENERATIONS, rows, run.run_id)
-    return generations
+    return [
+        made[i] if i in made else _generation(lake, models, i, ask, tokens[i]) for i, ask in zip(ids, asks, strict=True)
+    ]
+
+
+@contextmanager
+def _drawing(lake: Lake, models: Models, recipe: GenerateRecipe) -> Iterator[Draw]:
+    """The engine of the recipe."""
+    if recipe.engine == "outback":
+        yield lambda requests, on_progress, on_row: generate_vision(
+            models.lm,
+            requests,
+            recipe.sampling,
+            on_progress,
+            lookahead=recipe.lookahead,
+            window=Window(recipe.window_t, recipe.keep_t),
+            on_row=on_row,
+            compiled=recipe.compiled,
+        )
+        return
+    from model.vllm_images import VllmImages
+
+    folder = lake.folder / "cache" / f"llama-{models.checkpoint['checkpoint_id']}"
+    if not folder.exists():
+        export_language_model(folder, models.lm, "llama")
+    context_len = models.lm.transformer.config.max_position_embeddings
+    options = recipe.vllm.model_dump()
+    engine = VllmImages(folder, models.lm.vocabulary, models.lm.text, context_len=context_len, **options)
+    try:
+        yield lambda requests, *_: engine.generate(requests, recipe.sampling)
+    finally:
+        engine.close()
 
 
 def load_models(lake: Lake, checkpoint: str) -> Models:
@@ -200,9 +251,21 @@ def _request(lake: Lake, ask: Ask, recipe: GenerateRecipe, tokenizer_id: str) ->
 def _generation_id(ask: Ask, request: VisionRequest, recipe: GenerateRecipe, checkpoint_id: str) -> str:
     context = "" if request.context_codes is None else request.context_codes.astype("<u2").tobytes().hex()
     sampling = recipe.sampling.model_dump(mode="json")
-    window = [] if (recipe.window_t, recipe.keep_t) == (None, 12) else [recipe.window_t, recipe.keep_t]
+    window: list[object] = [] if (recipe.window_t, recipe.keep_t) == (None, 12) else [recipe.window_t, recipe.keep_t]
+    engine = ["vllm"] if recipe.engine == "vllm" and recipe.sampling.temperature > 0 else []
     return short_hash(
-        [ask.prompt, ask.kind, ask.seed, list(request.grid), request.fps, context, sampling, checkpoint_id, *window]
+        [
+            ask.prompt,
+            ask.kind,
+            ask.seed,
+            list(request.grid),
+            request.fps,
+            context,
+            sampling,
+            checkpoint_id,
+            *window,
+            *engine,
+        ]
     )
 
 

@@ -22,7 +22,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 
 from model.generate import VisionRequest
 from model.sampling import SamplingConfig, guide
-from model.weights import LanguageModel
+from model.text_tokenizer import TextTokenizer
 from schemas.document import Grammar, MetaTemplate, Tokens, prompt_tokens
 from schemas.errors import ConfigError
 from schemas.vocabulary import Vocabulary
@@ -32,17 +32,6 @@ ARGUMENT = "outback"  # of SamplingParams.extra_args
 # two that fill the context, unless that is more than memory for one pass should be set aside for.
 PROMPT_TOKENS = 512
 LONGEST_PROMPTS = 32_768
-
-
-@dataclass(frozen=True)
-class VllmImagesConfig:
-    """How large the engine is. `max_pairs` requests run at once, each as two sequences when there is guidance."""
-
-    max_pairs: int = 8
-    dtype: str = "auto"
-    gpu_memory_utilization: float = 0.9
-    enforce_eager: bool = False
-    cpu_kv_cache_gb: int = 4
 
 
 # Prompt and parameters of one sequence, or of two when there is guidance.
@@ -120,24 +109,39 @@ class VisionGrammar(LogitsProcessor):  # type: ignore[misc]  # vLLM has no types
 
 
 class VllmImages:
-    """An engine on a folder that `export_language_model` wrote as a Llama. Close it to end its processes."""
+    """An engine on a folder that `export_language_model` wrote as a Llama. Close it to have its memory back.
 
-    def __init__(self, folder: Path, lm: LanguageModel, config: VllmImagesConfig) -> None:
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.cpu_kv_cache_gb))
+    `max_pairs` requests run at once, each as two sequences when there is guidance.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        vocabulary: Vocabulary,
+        text: TextTokenizer,
+        *,
+        context_len: int,
+        max_pairs: int = 8,
+        dtype: str = "auto",
+        gpu_memory_utilization: float = 0.9,
+        enforce_eager: bool = False,
+        cpu_kv_cache_gb: int = 4,
+    ) -> None:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(cpu_kv_cache_gb))
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        self._vocabulary, self._text, self._max_pairs = lm.vocabulary, lm.text, config.max_pairs
-        context = lm.transformer.config.max_position_embeddings
-        self._max_prompt_tokens = max(2 * config.max_pairs * PROMPT_TOKENS, min(2 * context, LONGEST_PROMPTS))
+        self._vocabulary, self._text = vocabulary, text
+        self._context_len, self._max_pairs = context_len, max_pairs
+        self._max_prompt_tokens = max(2 * max_pairs * PROMPT_TOKENS, min(2 * context_len, LONGEST_PROMPTS))
         # The scheduler in this process: in one of its own it runs as soon as the first of a pair has reached it.
         with _environment("VLLM_ENABLE_V1_MULTIPROCESSING", "0"):
             self._llm = LLM(
                 str(folder),
                 skip_tokenizer_init=True,
-                dtype=config.dtype,
-                max_num_seqs=2 * config.max_pairs,
+                dtype=dtype,
+                max_num_seqs=2 * max_pairs,
                 max_num_batched_tokens=self._max_prompt_tokens,
-                gpu_memory_utilization=config.gpu_memory_utilization,
-                enforce_eager=config.enforce_eager,
+                gpu_memory_utilization=gpu_memory_utilization,
+                enforce_eager=enforce_eager,
                 logits_processors=[f"{VisionGrammar.__module__}:{VisionGrammar.__name__}"],
             )
 
@@ -152,8 +156,8 @@ class VllmImages:
 
         Draws are vLLM's: a seed gives other codes than `generate_vision` gives, unless the temperature is 0.
 
-        Raises: DocumentError if a request is contradictory; ConfigError if its prompts are too long for one pass;
-            RuntimeError if a pair came apart.
+        Raises: DocumentError if a request is contradictory; ConfigError if it is too long for the context, or its prompts
+            for one pass; RuntimeError if a pair came apart.
         """
         documents: list[Tokens] = []
         sequences = [self._sequences(pair, request, sampling, meta) for pair, request in enumerate(requests)]
@@ -200,6 +204,11 @@ class VllmImages:
             prompt = prompt_tokens(
                 caption, request.kind, request.grid, request.fps, self._vocabulary, self._text, meta=meta
             )
+            if len(prompt) + grammar.length > self._context_len:
+                raise ConfigError(
+                    f"found a document of {len(prompt) + grammar.length} tokens for the grid {request.grid}, expected at "
+                    f"most {self._context_len}, the model's context: ask for a smaller grid"
+                )
             asked = {
                 "pair": pair, "negative": negative, "guidance": sampling.guidance, "kind": request.kind, "grid": [t, h, w],
                 "meta": meta.value, "given": len(context), "num_text": self._vocabulary.num_text,
@@ -219,7 +228,7 @@ class VllmImages:
         return sequences
 
     def close(self) -> None:
-        """Ends the engine's processes."""
+        """Gives its memory back."""
         self._llm.llm_engine.engine_core.shutdown()
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -10,7 +11,10 @@ from PIL import Image
 
 from jobs import generate as module
 from jobs.generate import Ask, GenerateRecipe, generate
+from model.generate import VisionRequest, generate_vision
+from model.weights import LanguageModel
 from schemas.catalog import Lake
+from schemas.document import Tokens
 from schemas.errors import ConfigError
 from schemas.generations import GENERATIONS
 from tests.jobs.small_models import FPS, make_lake
@@ -78,6 +82,44 @@ def test_pictures_of_what_is_there_so_far(lake: Lake, tmp_path: Path, monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         f"{found.generation_id}.png" for found in (image, video)
     )
+
+
+def test_what_was_drawn_before_a_failure_is_kept(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    asks = [Ask("kept", "image", seed) for seed in range(5)]
+    one_by_two = RECIPE.model_copy(update={"batch_size": 2})
+    calls: list[int] = []
+
+    def failing(lm: LanguageModel, requests: list[VisionRequest], *args: Any, **options: Any) -> list[Tokens]:
+        calls.append(len(requests))
+        if len(calls) == 2:
+            raise MemoryError("no room")
+        return generate_vision(lm, requests, *args, **options)
+
+    monkeypatch.setattr(module, "generate_vision", failing)
+    with pytest.raises(MemoryError):
+        generate(lake, asks, "latest", one_by_two)
+    assert len(lake.read_where(GENERATIONS, "prompt", ["kept"])) == 2
+    found = generate(lake, asks, "latest", one_by_two)
+    assert calls == [2, 2, 2, 1]
+    rows = lake.read_where(GENERATIONS, "prompt", ["kept"]).to_pylist()
+    assert sorted(row["generation_id"] for row in rows) == sorted(generation.generation_id for generation in found)
+    assert len(rows) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_vllm_draws_the_same_when_nothing_is_left_to_chance(lake: Lake) -> None:
+    pytest.importorskip("vllm")
+    asks = [Ask("by both", "image", 1), Ask("by both", "video", 2), Ask("", "video", 7, "moving", 2)]
+    vllm = {"engine": "vllm", "vllm": {"dtype": "float32", "enforce_eager": True, "cpu_kv_cache_gb": 1}}
+    sampling = {"temperature": 0.0, "guidance": 2.0}
+    size = {"h": 3, "w": 3, "video_t": 4, "fps": FPS}
+    theirs = generate(lake, asks, "latest", GenerateRecipe.model_validate({**size, **vllm, "sampling": sampling}))
+    before = len(lake.read(GENERATIONS))
+    ours = generate(lake, asks, "latest", GenerateRecipe.model_validate({**size, "sampling": {**sampling, "top_k": 9}}))
+    assert len(lake.read(GENERATIONS)) == before + 3  # other options: drawn again
+    for one, other in zip(theirs, ours, strict=True):
+        assert np.array_equal(one.frames, other.frames)
 
 
 def test_what_cannot_be_drawn_is_said(lake: Lake) -> None:

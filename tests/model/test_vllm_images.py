@@ -16,7 +16,7 @@ from model.generate import VisionRequest, generate_vision
 from model.sampling import SamplingConfig, guide
 from model.text_tokenizer import TinyBpe
 from model.transformer import Transformer, TransformerConfig
-from model.vllm_images import ARGUMENT, VisionGrammar, VllmImages, VllmImagesConfig
+from model.vllm_images import ARGUMENT, VisionGrammar, VllmImages
 from model.weights import LanguageModel
 from schemas.document import parse_document
 from schemas.errors import ConfigError
@@ -95,8 +95,16 @@ def lm() -> LanguageModel:
 def engine(lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmImages]:
     folder = tmp_path_factory.mktemp("llama") / "model"
     export_language_model(folder, lm, "llama")
-    config = VllmImagesConfig(max_pairs=3, dtype="float32", enforce_eager=True, cpu_kv_cache_gb=1)
-    engine = VllmImages(folder, lm, config)
+    engine = VllmImages(
+        folder,
+        lm.vocabulary,
+        lm.text,
+        context_len=256,
+        max_pairs=3,
+        dtype="float32",
+        enforce_eager=True,
+        cpu_kv_cache_gb=1,
+    )
     yield engine
     engine.close()
 
@@ -137,3 +145,5 @@ def test_prompts_that_do_not_go_through_in_one_pass_wait_or_are_refused(
     assert [tokens.tolist() for tokens in engine.generate(REQUESTS, sampling)] == expected
     with pytest.raises(ConfigError, match="expected at most 70"):
         engine.generate([VisionRequest("x" * 80, "image", (1, 2, 2))], sampling)
+    with pytest.raises(ConfigError, match="expected at most 256, the model's context"):
+        engine.generate([VisionRequest("x", "image", (1, 16, 16))], sampling)
