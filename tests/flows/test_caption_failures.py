@@ -131,7 +131,7 @@ def driver(asked: Asked, endpoint: Endpoint, *options: str) -> "subprocess.Popen
     )
 
 
-def wait_for(happened: Callable[[], bool], limit_s: float = 120.0) -> None:
+def wait_for(happened: Callable[[], bool], limit_s: float = 300.0) -> None:
     deadline = time.monotonic() + limit_s
     while not happened():
         assert time.monotonic() < deadline, "it never happened"
