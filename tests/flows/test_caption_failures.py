@@ -45,6 +45,11 @@ def say_colour(request: dict[str, Any], _: int) -> Reply:
     return caption_reply(f"a picture of level {colour_of(request)} among forty", after_s=0.15)
 
 
+def say_slowly(request: dict[str, Any], _: int) -> Reply:
+    """Forty answers, four at once, take fifteen seconds: long enough to see the first and kill before the last."""
+    return caption_reply(f"a picture of level {colour_of(request)} among forty", after_s=1.5)
+
+
 @pytest.fixture(scope="module")
 def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("media")
@@ -197,8 +202,9 @@ def test_every_kind_of_poison_costs_one_row_and_nothing_else(asked: Asked, media
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_driver_killed_between_commits(asked: Asked) -> None:
-    with serving(say_colour) as endpoint:
+    with serving(say_slowly) as endpoint:
         process = driver(asked, endpoint)
         wait_for(lambda: len(asked.rows(CAPTIONS)) > 0)
         workers = workers_of(process.pid)
@@ -217,8 +223,9 @@ def test_driver_killed_between_commits(asked: Asked) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_worker_killed(asked: Asked) -> None:
-    with serving(say_colour) as endpoint:
+    with serving(say_slowly) as endpoint:
         process = driver(asked, endpoint)
         wait_for(lambda: len(asked.rows(CAPTIONS)) > 0)
         done = set(asked.levels())
@@ -239,9 +246,10 @@ def workers_of(driver_pid: int) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_endpoint_killed_and_started_again(asked: Asked) -> None:
     """Nobody listens for a while: the job waits. Nobody comes back: the job stops, and a rerun asks for what is left."""
-    with serving(say_colour) as endpoint:
+    with serving(say_slowly) as endpoint:
         process = driver(asked, endpoint, "endpoint.patience_s=60")
         wait_for(lambda: len(endpoint.requests) > 8)
     port = int(endpoint.url.split(":")[2].split("/")[0])
@@ -254,11 +262,12 @@ def test_endpoint_killed_and_started_again(asked: Asked) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_an_endpoint_that_stays_away_fails_the_job_and_no_window(asked: Asked) -> None:
-    with serving(say_colour) as endpoint:
+    with serving(say_slowly) as endpoint:
         process = driver(asked, endpoint, "endpoint.patience_s=1")
         wait_for(lambda: len(endpoint.requests) > 15)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "TransientError" in err
     assert "run the same command again" in err

@@ -30,7 +30,7 @@ def driver(lake: Path, *options: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], expected: int = 0) -> str:
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == expected, err
     return out.strip().splitlines()[-1] if out.strip() else ""
 
