@@ -154,8 +154,10 @@ def test_greedy_codes_are_those_of_full_passes(lm: LanguageModel, guidance: floa
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("guidance", [1.0, 1.5])
-@pytest.mark.parametrize("lookahead", [0, 2])
+@pytest.mark.parametrize(
+    ("lookahead", "guidance"),
+    [(2, 1.5), *(pytest.param(*rest, marks=pytest.mark.slow) for rest in ((0, 1.0), (0, 1.5), (2, 1.0)))],
+)
 def test_draws_have_the_distribution_of_the_model(guidance: float, lookahead: int) -> None:
     """Three codes of five: all 125 outcomes, as often as the model's own probabilities say."""
     stats = pytest.importorskip("scipy.stats")
@@ -200,6 +202,8 @@ def test_draws_have_the_distribution_of_the_model(guidance: float, lookahead: in
     assert stats.chisquare(observed, np.array(wanted) * (num_draws / sum(wanted))).pvalue > 0.01
 
 
+@pytest.mark.slow  # it trains one
+@pytest.mark.timeout(600)
 def test_a_trained_model_needs_half_the_passes() -> None:
     """Pictures of a rectangle on a ground, learnt in seconds, and the codes the same with and without guesses."""
     torch.manual_seed(0)
