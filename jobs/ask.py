@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from jobs.generate import Models, load_models
+from jobs.models import Models, clip_blocks, first_of_each, load_models
 from jobs.progress import progress
 from jobs.run import recorded
 from model.generate_text import AnswerConfig, generate_text
@@ -17,7 +17,6 @@ from schemas.chat import chat_prompt
 from schemas.document import DocumentError, Tokens, VisionBlock, VisionDocument, write_document
 from schemas.errors import ConfigError
 from schemas.recipe import Config, canonical_json, short_hash
-from schemas.vision_tokens import VISION_TOKENS
 
 
 class AskRecipe(Config):
@@ -53,14 +52,14 @@ def ask(lake: Lake, questions: Sequence[Question], checkpoint: str, recipe: AskR
         model's context.
     """
     models = load_models(lake, checkpoint)
-    blocks = _blocks(lake, models.tokenizer_id, {clip for question in questions for clip in question.clip_ids})
+    blocks = clip_blocks(lake, models.tokenizer_id, {clip for question in questions for clip in question.clip_ids})
     prompts = [_prompt(question, [blocks[clip] for clip in question.clip_ids], models) for question in questions]
     sampling = canonical_json(recipe.answer.model_dump(mode="json"))
     ids = [
         short_hash([q.text, list(q.clip_ids), q.seed, sampling, models.checkpoint["checkpoint_id"]]) for q in questions
     ]
     found = _stored(lake, ids)
-    todo = [index for index in dict.fromkeys(ids.index(i) for i in ids) if ids[index] not in found]
+    todo = first_of_each(ids, found)
     if todo:
         inputs = {"checkpoint": models.checkpoint["checkpoint_id"], "questions": len(questions), "todo": len(todo)}
         with recorded(lake, "ask", recipe, inputs) as run, progress("ask") as advance:
@@ -91,23 +90,6 @@ def ask(lake: Lake, questions: Sequence[Question], checkpoint: str, recipe: AskR
         Reply(i, question, found[i]["text"], found[i]["is_complete"])
         for i, question in zip(ids, questions, strict=True)
     ]
-
-
-def _blocks(lake: Lake, tokenizer_id: str, clip_ids: set[str]) -> dict[str, VisionBlock]:
-    rows = lake.read_where(VISION_TOKENS, "clip_id", sorted(clip_ids)).to_pylist()
-    blocks = {
-        row["clip_id"]: VisionBlock(
-            row["kind"], np.frombuffer(row["codes"], "<u2").reshape(row["t"], row["h"], row["w"]), row["fps"]
-        )
-        for row in rows
-        if row["tokenizer_id"] == tokenizer_id
-    }
-    if missing := sorted(clip_ids - set(blocks)):
-        raise ConfigError(
-            f"{len(missing)} clips have no tokens by tokenizer {tokenizer_id}, the first is {missing[0]}: run "
-            "`outback tokenize` on a set that holds them"
-        )
-    return blocks
 
 
 def _prompt(question: Question, blocks: list[VisionBlock], models: Models) -> Tokens:

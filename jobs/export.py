@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from jobs.generate import load_models
+from jobs.models import load_models
 from model.export import export_composite, export_language_model, export_vision_tokenizer
 from schemas.catalog import Lake
 from schemas.errors import ConfigError

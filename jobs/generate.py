@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from jobs.checkpoints import checkpoint_row
+from jobs.models import Models, clip_blocks, first_of_each, load_models
 from jobs.progress import progress
 from jobs.run import recorded
 from model.export import export_language_model
@@ -22,14 +22,11 @@ from model.generate import OnRow, Progress, VisionRequest, Window, generate_visi
 from model.sampling import SamplingConfig
 from model.vision_tokenizer.pixels import rgb_from_pixels
 from model.vision_tokenizer.tokenizer import VisionTokenizer
-from model.weights import LanguageModel, load_language_model, load_vision_tokenizer
 from schemas.catalog import Lake
-from schemas.document import DocumentError, Tokens, VisionDocument, parse_document, text_tokens
+from schemas.document import DocumentError, Tokens, VisionBlock, VisionDocument, parse_document, text_tokens
 from schemas.errors import ConfigError
 from schemas.generations import GENERATIONS
 from schemas.recipe import Config, canonical_json, short_hash
-from schemas.sequences import SEQUENCE_SETS
-from schemas.vision_tokens import TOKENIZERS, VISION_TOKENS
 
 Frames = npt.NDArray[np.uint8]
 Draw = Callable[[Sequence[VisionRequest], Progress, OnRow | None], list[Tokens]]
@@ -90,16 +87,6 @@ class Generation:
     fps: float | None
 
 
-@dataclass(frozen=True, eq=False)
-class Models:
-    """A language model checkpoint of the lake, loaded, with the vision tokenizer whose codes it learnt."""
-
-    checkpoint: Mapping[str, Any]
-    tokenizer_id: str
-    lm: LanguageModel
-    vision: VisionTokenizer
-
-
 def generate(
     lake: Lake, asks: Sequence[Ask], checkpoint: str, recipe: GenerateRecipe, *, preview: Path | None = None
 ) -> list[Generation]:
@@ -116,44 +103,44 @@ def generate(
             text_tokens(ask.prompt, models.lm.vocabulary, models.lm.text)
     except DocumentError as error:
         raise ConfigError(str(error)) from error
-    requests = [_request(lake, ask, recipe, models.tokenizer_id) for ask in asks]
+    continued = {ask.continued_clip_id for ask in asks if ask.continued_clip_id is not None}
+    blocks = clip_blocks(lake, models.tokenizer_id, continued)
+    requests = [_request(ask, recipe, blocks) for ask in asks]
     checkpoint_id = models.checkpoint["checkpoint_id"]
+    made: dict[str, Generation] = {}
     ids = [_generation_id(a, r, recipe, checkpoint_id) for a, r in zip(asks, requests, strict=True)]
     tokens = _stored(lake, ids)
-    todo = [index for index in dict.fromkeys(ids.index(i) for i in ids) if ids[index] not in tokens]
-    if not todo:
-        return [_generation(lake, models, i, ask, tokens[i]) for i, ask in zip(ids, asks, strict=True)]
-    inputs = {"checkpoint": checkpoint_id, "asks": len(asks), "todo": len(todo)}
-    made: dict[str, Generation] = {}
-    with (
-        recorded(lake, "generate", recipe, inputs) as run,
-        progress("generate") as advance,
-        _drawing(lake, models, recipe) as draw,
-    ):
-        run.outcome["generations"] = 0
-        for start in range(0, len(todo), recipe.batch_size):
-            part = todo[start : start + recipe.batch_size]
+    todo = first_of_each(ids, tokens)
+    if todo:
+        inputs = {"checkpoint": checkpoint_id, "asks": len(asks), "todo": len(todo)}
+        with (
+            recorded(lake, "generate", recipe, inputs) as run,
+            progress("generate") as advance,
+            _drawing(lake, models, recipe) as draw,
+        ):
+            run.outcome["generations"] = 0
+            for start in range(0, len(todo), recipe.batch_size):
+                part = todo[start : start + recipe.batch_size]
+                asked = [requests[index] for index in part]
 
-            def on_codes(done: int, total: int, start: int = start) -> None:
-                advance(start, len(todo), f"{done} of {total} codes")
+                def on_codes(done: int, total: int, start: int = start) -> None:
+                    advance(start, len(todo), f"{done} of {total} codes")
 
-            coming = None
-            if preview is not None:
                 names = [ids[index] for index in part]
-                coming = _Preview(preview, models.vision, names, [requests[index] for index in part])
-            try:
-                drawn = draw([requests[index] for index in part], on_codes, coming)
-            except DocumentError as error:  # a prompt or a rate that no document can hold
-                raise ConfigError(str(error)) from error
-            rows = []
-            for index, document in zip(part, drawn, strict=True):
-                generation = _generation(lake, models, ids[index], asks[index], document)
-                tokens[ids[index]], made[ids[index]] = document, generation
-                rows.append(_row(generation, requests[index], recipe, models, document))
-            run.outcome["generations"] += lake.append(GENERATIONS, rows, run.run_id)  # what is drawn is kept
-            advance(start + len(part), len(todo), "")
+                coming = None if preview is None else _Preview(preview, models.vision, names, asked)
+                try:
+                    drawn = draw(asked, on_codes, coming)
+                except DocumentError as error:  # a rate that no document can hold
+                    raise ConfigError(str(error)) from error
+                rows = []
+                for index, document in zip(part, drawn, strict=True):
+                    made[ids[index]] = _generation(lake, models, ids[index], asks[index], document)
+                    rows.append(_row(made[ids[index]], requests[index], recipe, models, document))
+                run.outcome["generations"] += lake.append(GENERATIONS, rows, run.run_id)  # what is drawn is kept
+                advance(start + len(part), len(todo), "")
     return [
-        made[i] if i in made else _generation(lake, models, i, ask, tokens[i]) for i, ask in zip(ids, asks, strict=True)
+        replace(made[i], ask=ask) if i in made else _generation(lake, models, i, ask, tokens[i])
+        for i, ask in zip(ids, asks, strict=True)
     ]
 
 
@@ -186,20 +173,6 @@ def _drawing(lake: Lake, models: Models, recipe: GenerateRecipe) -> Iterator[Dra
         engine.close()
 
 
-def load_models(lake: Lake, checkpoint: str) -> Models:
-    """A checkpoint's id, the beginning of one, or `latest` -> its networks. Raises: ConfigError if there is none."""
-    row = checkpoint_row(lake, checkpoint, "pretrain")
-    sets = lake.read_where(SEQUENCE_SETS, "seqset_id", [str(row["data_id"])], ["tokenizer_id"])
-    if not len(sets):
-        raise ConfigError(
-            f"checkpoint {row['checkpoint_id']} was trained on sequences {row['data_id']}, which are not here"
-        )
-    tokenizer_id = sets["tokenizer_id"][0].as_py()
-    tokenizer = lake.read_where(TOKENIZERS, "tokenizer_id", [tokenizer_id]).to_pylist()[0]
-    lm = load_language_model(Path(str(row["uri"])))
-    return Models(row, tokenizer_id, lm, load_vision_tokenizer(Path(tokenizer["uri"])))
-
-
 class _Preview:
     """Rows of codes as they come -> pictures of what is there, each renewed at most once in `PREVIEW_S` seconds."""
 
@@ -227,29 +200,24 @@ class _Preview:
         self._shown_s[request] = time.monotonic()
 
 
-def _request(lake: Lake, ask: Ask, recipe: GenerateRecipe, tokenizer_id: str) -> VisionRequest:
+def _request(ask: Ask, recipe: GenerateRecipe, blocks: Mapping[str, VisionBlock]) -> VisionRequest:
     if ask.kind == "image":
         return VisionRequest(ask.prompt, "image", (1, recipe.h, recipe.w), None, ask.seed)
     if ask.continued_clip_id is None:
         return VisionRequest(ask.prompt, "video", (recipe.video_t, recipe.h, recipe.w), recipe.fps, ask.seed)
-    rows = lake.read_where(VISION_TOKENS, "clip_id", [ask.continued_clip_id]).to_pylist()
-    rows = [row for row in rows if row["tokenizer_id"] == tokenizer_id and row["kind"] == "video"]
-    if not rows:
+    block = blocks[ask.continued_clip_id]
+    t, h, w = block.grid
+    if block.kind != "video":
+        raise ConfigError(f"clip {ask.continued_clip_id} is an image: only videos go on")
+    if not 0 < ask.context_t <= t or ask.context_t >= recipe.video_t:
         raise ConfigError(
-            f"clip {ask.continued_clip_id} has no video tokens by tokenizer {tokenizer_id}; run `outback tokenize`"
+            f"context of {ask.context_t} latent frames: the clip has {t}, and {recipe.video_t} are to be made in all"
         )
-    row = rows[0]
-    if not 0 < ask.context_t <= row["t"] or ask.context_t >= recipe.video_t:
-        raise ConfigError(
-            f"context of {ask.context_t} latent frames: the clip has {row['t']}, and {recipe.video_t} are to be made in all"
-        )
-    codes = np.frombuffer(row["codes"], "<u2").reshape(row["t"], row["h"], row["w"]).astype(np.int64)
-    grid = (recipe.video_t, row["h"], row["w"])
-    return VisionRequest(ask.prompt, "video", grid, row["fps"], ask.seed, codes[: ask.context_t])
+    return VisionRequest(ask.prompt, "video", (recipe.video_t, h, w), block.fps, ask.seed, block.codes[: ask.context_t])
 
 
 def _generation_id(ask: Ask, request: VisionRequest, recipe: GenerateRecipe, checkpoint_id: str) -> str:
-    context = "" if request.context_codes is None else request.context_codes.astype("<u2").tobytes().hex()
+    context = request.given_codes.astype("<u2").tobytes().hex()
     sampling = recipe.sampling.model_dump(mode="json")
     window: list[object] = [] if (recipe.window_t, recipe.keep_t) == (None, 12) else [recipe.window_t, recipe.keep_t]
     engine = ["vllm"] if recipe.engine == "vllm" and recipe.sampling.temperature > 0 else []

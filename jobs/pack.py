@@ -22,7 +22,7 @@ from schemas.catalog import Lake
 from schemas.curated import CURATED_SETS
 from schemas.document import TextDocument, VisionBlock, VisionDocument, write_document
 from schemas.errors import ConfigError, RowError, SchemaError
-from schemas.recipe import Config, canonical_json, is_unset, short_hash
+from schemas.recipe import Config, canonical_json, later_option, short_hash
 from schemas.runs import ATTEMPTS
 from schemas.sequences import SEQUENCE_SETS, SEQUENCES
 from schemas.table import content_sha256
@@ -48,7 +48,7 @@ class PackRecipe(Config):
     context_len: int = Field(ge=16)
     num_codes: int = Field(gt=0)
     null_prompt_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
-    captioner: str | None = Field(default=None, exclude_if=is_unset)
+    captioner: str | None = later_option(None)
     """Whose captions: `provided`, an id or the beginning of one. None: of each clip those of whoever captioned most."""
     include_texts: bool = True
     seed: int = 0

@@ -41,6 +41,15 @@ class VisionRequest:
     seed: int = 0
     context_codes: IntArray | None = None
 
+    @property
+    def given_codes(self) -> IntArray:
+        """The latent frames that are there, (0, h, w) where there are none."""
+        return np.zeros((0, *self.grid[1:]), np.int64) if self.context_codes is None else self.context_codes
+
+    def captions(self, sampling: SamplingConfig) -> list[str]:
+        """The prompt, and with guidance also the negative one: a branch for each."""
+        return [self.prompt] if sampling.guidance == 1 else [self.prompt, sampling.negative_prompt]
+
 
 @dataclass(frozen=True)
 class Window:
@@ -72,9 +81,8 @@ class _Sequence:
     grammar: Grammar
     prompts: list[Tokens]  # up to IMG: with the prompt, and with guidance also with the negative prompt
     noise: "_Noise"
-    num_given: int  # latent frames that were there
-    next_place: int  # of the clip's codes, the first that is not chosen
-    num_missing: int  # codes still to choose
+    first_place: int  # of the clip's codes, the first that is chosen here
+    num_codes: int  # to choose
     written: list[int] = field(default_factory=list)
     chosen: list[int] = field(default_factory=list)  # those of them that are codes chosen here, as tokens
     queue: list[int] = field(default_factory=list)
@@ -88,14 +96,14 @@ class _Sequence:
 
     def proposal(self, lookahead: int) -> tuple[list[int], list[int]]:
         """Tokens to feed, which are the queue and `lookahead` guesses, and which of them a code follows."""
-        guess = next(
-            (token for token in reversed(self.written) if token >= self.grammar.vocabulary.vision_offset), None
-        )
-        self.drafts = self.drafts[: min(lookahead, self.num_missing - 1)]
-        while len(self.drafts) < min(lookahead, self.num_missing - 1):
+        any_code = self.grammar.vocabulary.vision_offset
+        num_drafts = min(lookahead, self.num_missing - 1)
+        self.drafts = self.drafts[:num_drafts]
+        if len(self.drafts) < num_drafts:
             # A place is most like the one before it; with nothing before, any code is as good.
-            previous = self.drafts[-1] if self.drafts else guess
-            self.drafts.append(self.grammar.vocabulary.vision_offset if previous is None else previous)
+            codes = (token for token in reversed(self.written) if token >= any_code)
+            last = self.drafts[-1] if self.drafts else next(codes, any_code)
+            self.drafts += [last] * (num_drafts - len(self.drafts))
         tokens = list(self.queue)
         asked = [len(tokens) - 1]
         for draft in self.drafts:
@@ -113,9 +121,12 @@ class _Sequence:
             self.queue.clear()  # all but the last choice are among what the network has just seen
             self.write([choice])
         self.chosen += choices[: num_right + 1]
-        self.next_place += num_right + 1
-        self.num_missing -= num_right + 1
         return num_right + 1
+
+    @property
+    def num_missing(self) -> int:
+        """Codes still to choose."""
+        return self.num_codes - len(self.chosen)
 
     def _forced(self, num_written: int) -> list[int]:
         """What the grammar puts after so many tokens, up to the next code."""
@@ -127,7 +138,8 @@ class _Sequence:
 
     def places(self) -> range:
         """Those of the clip's codes that the proposal's choices are for."""
-        return range(self.next_place, self.next_place + len(self.drafts) + 1)
+        start = self.first_place + len(self.chosen)
+        return range(start, start + len(self.drafts) + 1)
 
 
 class _Noise:
@@ -179,7 +191,6 @@ def generate_vision(
     while going := [clip for clip in clips if clip.num_missing]:
         sequences = [clip.next_window() for clip in going]
         later = left - sum(sequence.num_missing for sequence in sequences)
-
         pairs = list(zip(going, sequences, strict=True))
 
         def on_pass(missing: int, later: int = later, pairs: list[tuple[_Clip, _Sequence]] = pairs) -> None:
@@ -204,13 +215,12 @@ class _Clip:
         self, lm: LanguageModel, request: VisionRequest, sampling: SamplingConfig, meta: MetaTemplate, window: Window
     ) -> None:
         self._lm, self._request, self._meta = lm, request, meta
-        self._captions = [request.prompt] if sampling.guidance == 1 else [request.prompt, sampling.negative_prompt]
+        self._captions = request.captions(sampling)
         t, h, w = request.grid
         grammar = Grammar(lm.vocabulary, request.kind, request.grid, meta)
-        given = np.zeros((0, h, w), np.int64) if request.context_codes is None else request.context_codes
-        grammar.write(given)  # whether it fits
-        self._codes = given.astype(np.int64)
-        self._next_row = len(given) * h  # the first that was not reported
+        grammar.write(request.given_codes)  # whether it fits
+        self._codes = request.given_codes.astype(np.int64)
+        self._next_row = len(self._codes) * h  # the first that was not reported
         self._noise = _Noise(request.seed, lm.vocabulary.num_codes)
         fitting = 1 + (self._limit - self._length(1)) // grammar.frame_length
         self._window_t = max(1, min(t, window.num_frames or t, fitting))
@@ -254,8 +264,8 @@ class _Clip:
         start = 0 if t == self._window_t or len(self._codes) < self._window_t else len(self._codes) - self._keep_t
         grammar = self._grammar(min(self._window_t, t - start))
         given = self._codes[start:]
-        num_missing = math.prod(grammar.grid) - given.size
-        sequence = _Sequence(grammar, self._prompts(grammar), self._noise, len(given), self._codes.size, num_missing)
+        num_codes = math.prod(grammar.grid) - given.size
+        sequence = _Sequence(grammar, self._prompts(grammar), self._noise, self._codes.size, num_codes)
         sequence.write(grammar.write(given).tolist())
         return sequence
 
@@ -271,8 +281,8 @@ class _Clip:
 
     def take(self, sequence: _Sequence) -> None:
         """Add what was drawn."""
-        drawn = sequence.grammar.parse(np.asarray(sequence.written))
-        self._codes = np.concatenate([self._codes, drawn[sequence.num_given :]])
+        drawn = self._lm.vocabulary.token_to_code(np.asarray(sequence.chosen))
+        self._codes = np.concatenate([self._codes, drawn.reshape(-1, *self._request.grid[1:])])
 
     def document(self) -> Tokens:
         grammar = self._grammar(self._request.grid[0])

@@ -193,14 +193,10 @@ class VllmImages:
 
     def _sequences(self, pair: int, request: VisionRequest, sampling: SamplingConfig, meta: MetaTemplate) -> _Pair:
         """Prompt and parameters with the prompt, and with guidance also with the negative one."""
-        t, h, w = request.grid
         grammar = Grammar(self._vocabulary, request.kind, request.grid, meta)
-        context = grammar.write(
-            np.zeros((0, h, w), np.int64) if request.context_codes is None else request.context_codes
-        )
+        context = grammar.write(request.given_codes)
         sequences = []
-        for negative in (False,) if sampling.guidance == 1 else (False, True):
-            caption = sampling.negative_prompt if negative else request.prompt
+        for branch, caption in enumerate(request.captions(sampling)):
             prompt = prompt_tokens(
                 caption, request.kind, request.grid, request.fps, self._vocabulary, self._text, meta=meta
             )
@@ -210,7 +206,8 @@ class VllmImages:
                     f"most {self._context_len}, the model's context: ask for a smaller grid"
                 )
             asked = {
-                "pair": pair, "negative": negative, "guidance": sampling.guidance, "kind": request.kind, "grid": [t, h, w],
+                "pair": pair, "negative": branch == 1, "guidance": sampling.guidance, "kind": request.kind,
+                "grid": request.grid,
                 "meta": meta.value, "given": len(context), "num_text": self._vocabulary.num_text,
                 "num_codes": self._vocabulary.num_codes,
             }  # fmt: skip

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from pydantic import AfterValidator, Field, model_validator
 
 from schemas.captions import CAPTION_SCORES
-from schemas.recipe import Config, is_unset
+from schemas.recipe import Config, later_option
 from schemas.scores import MOTION, RESOLUTION, TECHNICAL, TEXT
 from schemas.table import Table
 
@@ -61,7 +61,7 @@ class ScorerPins(Config):
     motion: str | None = None
     text: str | None = None
     technical: str | None = None
-    caption: str | None = Field(default=None, exclude_if=is_unset)
+    caption: str | None = later_option(None)
 
 
 class CurateRecipe(Config):
@@ -87,10 +87,10 @@ class CurateRecipe(Config):
     colour: Bounds | None = None
     colourfulness: Bounds | None = None
     letterbox: Bounds | None = None
-    caption_words: Bounds | None = Field(default=None, exclude_if=is_unset)
-    caption_repetition: Bounds | None = Field(default=None, exclude_if=is_unset)
-    caption_problems: Bounds | None = Field(default=None, exclude_if=is_unset)
-    caption_similarity: Bounds | None = Field(default=None, exclude_if=is_unset)
+    caption_words: Bounds | None = later_option(None)
+    caption_repetition: Bounds | None = later_option(None)
+    caption_problems: Bounds | None = later_option(None)
+    caption_similarity: Bounds | None = later_option(None)
 
 
 # The score each section asks about.

@@ -14,7 +14,7 @@ from pipeline.read_frames import read_frames
 from pipeline.sandbox import Sandbox
 from pipeline.stage import Rows
 from schemas.errors import RowError
-from schemas.recipe import Config
+from schemas.recipe import Config, later_option
 from schemas.vision_tokens import VISION_TOKENS
 
 FRAMES_PER_LATENT = 4  # temporal compression of the vision tokenizer. Paper: Emu3 report, table 1
@@ -28,17 +28,13 @@ Encode = Callable[[Frames], npt.NDArray[np.int64]]
 Remainder = Literal["leave", "repeat"]
 
 
-def _is_default(remainder: Remainder) -> bool:
-    return remainder == "leave"
-
-
 class Preparation(Config):
     """How a clip's frames are read before encoding. Sizes keep the aspect ratio about `area_px`."""
 
     area_px: int = Field(default=512 * 512, gt=0)  # Paper: Emu3 report, section 2.4: about 512 x 512
     fps: float = Field(default=24.0, gt=0)
     max_frames: int = Field(default=120, ge=FRAMES_PER_LATENT, multiple_of=FRAMES_PER_LATENT)
-    remainder: Remainder = Field(default="leave", exclude_if=_is_default)  # ids from before there was a choice stay
+    remainder: Remainder = later_option("leave")
     """Frames at a clip's end that fill no latent frame: left out, or the last repeated until they do."""
     timeout_s: float = Field(default=120.0, gt=0)
     memory_mb: int = Field(default=4096, gt=0)

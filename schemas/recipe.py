@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from schemas.errors import ConfigError
 
@@ -29,11 +29,11 @@ class Config(BaseModel):
         return canonical_json(self.model_dump(mode="json"))
 
 
-def is_unset(value: object) -> bool:
-    """For `Field(exclude_if=is_unset)`: an option that came after ids were given is in none while it says nothing, so that
-    recipes without it keep the ids they had.
+def later_option(default: object) -> Any:
+    """The field of an option that came after ids were given: while it says nothing new it is left out, so that recipes
+    without it keep the ids they had.
     """
-    return value is None
+    return Field(default=default, exclude_if=lambda value: value == default)
 
 
 def canonical_json(value: object) -> str:

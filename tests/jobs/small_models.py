@@ -3,10 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from model.text_tokenizer import TinyBpe
-from model.transformer import Transformer, TransformerConfig
 from model.vision_tokenizer.config import VISION_TOKENIZER_SIZES
 from model.vision_tokenizer.tokenizer import VisionTokenizer
 from model.weights import save_language_model, save_vision_tokenizer
@@ -15,6 +12,7 @@ from schemas.checkpoints import CHECKPOINTS
 from schemas.sequences import SEQUENCE_SETS
 from schemas.vision_tokens import TOKENIZERS, VISION_TOKENS
 from schemas.vocabulary import Vocabulary
+from tests.model.small_lm import random_lm
 
 VOCABULARY = Vocabulary(num_text=256, num_codes=24)
 FPS = 8.0
@@ -23,15 +21,9 @@ FPS = 8.0
 def make_lake(folder: Path) -> Lake:
     """The lake, with tokens of a clip `moving` of 4 x 3 x 3 and an image `still` of 2 x 3."""
     lake = Lake.open(folder / "lake")
-    torch.manual_seed(3)
-    config = TransformerConfig(
-        vocab_size=VOCABULARY.size, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=1, num_kv_heads=1,
-        head_dim=32, max_position_embeddings=512,  # 32: the least of vLLM on CPU
-    )  # fmt: skip
-    transformer = Transformer(config).eval()
-    for tensor in transformer.state_dict().values():
-        tensor.normal_(std=0.3) if tensor.ndim > 1 else None
-    save_language_model(folder / "lm", transformer, VOCABULARY, TinyBpe.train([], 256))
+    # 32: the least of vLLM's attention on CPU.
+    lm = random_lm(VOCABULARY, num_heads=1, num_kv_heads=1, head_dim=32, max_position_embeddings=512)
+    save_language_model(folder / "lm", lm.transformer, lm.vocabulary, lm.text)
     vision = VISION_TOKENIZER_SIZES["tiny"].model_copy(update={"codebook_size": VOCABULARY.num_codes})
     save_vision_tokenizer(folder / "vision", VisionTokenizer(vision).eval())
     training = {"recipe": "{}", "data_id": "seqset", "data_sha256": "x", "step": 1, "losses": "[]"}

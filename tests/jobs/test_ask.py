@@ -5,7 +5,7 @@ import pytest
 
 from jobs import ask as module
 from jobs.ask import AskRecipe, Question, ask
-from jobs.generate import load_models
+from jobs.models import load_models
 from schemas.answers import ANSWERS
 from schemas.catalog import Lake
 from schemas.chat import chat_prompt

@@ -17,6 +17,7 @@ from schemas.catalog import Lake
 from schemas.document import Tokens
 from schemas.errors import ConfigError
 from schemas.generations import GENERATIONS
+from schemas.vision_tokens import VISION_TOKENS
 from tests.jobs.small_models import FPS, make_lake
 
 RECIPE = GenerateRecipe(h=3, w=3, video_t=4, fps=FPS, lookahead=2)
@@ -46,6 +47,16 @@ def test_a_drawing_is_a_row_and_a_file_that_says_the_same(lake: Lake) -> None:
         assert json.loads(container.metadata["comment"])["outback.generation"] == video.generation_id
         assert container.streams.video[0].average_rate == FPS
         assert sum(1 for _ in container.decode(video=0)) == len(video.frames) == 16
+
+
+def test_clips_of_equal_codes_go_on_alike_and_keep_their_names(lake: Lake) -> None:
+    (row,) = lake.read_where(VISION_TOKENS, "clip_id", ["moving"]).to_pylist()
+    lake.append(VISION_TOKENS, [{**row, "clip_id": "twin"}], "r")
+    asks = [Ask("alike", "video", 3, clip, 2) for clip in ("moving", "twin")]
+    for _ in range(2):  # drawn, then found
+        one, other = generate(lake, asks, "latest", RECIPE)
+        assert one.generation_id == other.generation_id
+        assert [one.ask, other.ask] == asks
 
 
 def test_what_is_there_is_not_drawn_again_and_a_lost_file_comes_back(

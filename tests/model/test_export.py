@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 from model.export import export_composite, export_language_model, export_vision_tokenizer
 from model.text_tokenizer import EMU3_FILE, Emu3TextTokenizer, TextTokenizer, TinyBpe, hub_tokenizer
-from model.transformer import Transformer, TransformerConfig
 from model.vision_tokenizer.config import VisionTokenizerConfig
 from model.vision_tokenizer.tokenizer import VisionTokenizer
 from model.weights import LanguageModel, digest, load_language_model, load_vision_tokenizer
 from schemas.errors import ConfigError
 from schemas.vocabulary import SPECIAL_STRINGS, Vocabulary
+from tests.model.small_lm import random_lm
 
 VOCABULARY = Vocabulary(num_text=300, num_codes=40)
 TEXTS = ["a red square moves to the left", "a blue circle moves up"]
@@ -26,23 +26,11 @@ TEXTS = ["a red square moves to the left", "a blue circle moves up"]
 
 @pytest.fixture(scope="module")
 def lm() -> LanguageModel:
-    torch.manual_seed(0)
-    config = TransformerConfig(
-        vocab_size=VOCABULARY.size,
-        hidden_size=64,
-        intermediate_size=96,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=32,  # the smallest of vLLM's attention on CPU
-        rope_theta=10_000.0,
-        max_position_embeddings=512,
-    )
-    transformer = Transformer(config).eval()
-    for name, tensor in transformer.state_dict().items():
-        if "norm" not in name:
-            tensor.normal_(std=0.15)
-    return LanguageModel(transformer, VOCABULARY, TinyBpe.train(TEXTS, 300))
+    text = TinyBpe.train(TEXTS, 300)
+    return random_lm(
+        VOCABULARY, seed=0, std=0.15, text=text, hidden_size=64, intermediate_size=96, num_heads=2, num_kv_heads=1,
+        head_dim=32, rope_theta=10_000.0, max_position_embeddings=512,  # 32: the least of vLLM's attention on CPU
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from model.weights import LanguageModel
 from schemas.document import Grammar, MetaTemplate, Tokens, VisionDocument, parse_document, prompt_tokens
 from schemas.errors import ConfigError
 from schemas.vocabulary import IntArray, Vocabulary
+from tests.model.small_lm import random_lm
 
 VOCABULARY = Vocabulary(num_text=256, num_codes=24)
 GREEDY = SamplingConfig(temperature=0, guidance=1)
@@ -28,21 +29,7 @@ GUIDED = SamplingConfig(guidance=2.5, top_k=20, negative_prompt="ugly")
 @pytest.fixture(scope="module")
 def lm() -> LanguageModel:
     """A random model whose choices are far from uniform and depend on everything before."""
-    torch.manual_seed(3)
-    config = TransformerConfig(
-        vocab_size=VOCABULARY.size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-    )
-    transformer = Transformer(config).eval()
-    for tensor in transformer.state_dict().values():
-        tensor.normal_(std=0.3) if tensor.ndim > 1 else None
-    return LanguageModel(transformer, VOCABULARY, TinyBpe.train([], 256))
+    return random_lm(VOCABULARY, max_position_embeddings=256)
 
 
 def parsed(lm: LanguageModel, tokens: Tokens, meta: MetaTemplate = MetaTemplate.OUTBACK) -> VisionDocument:
@@ -162,20 +149,7 @@ def test_draws_have_the_distribution_of_the_model(guidance: float, lookahead: in
     """Three codes of five: all 125 outcomes, as often as the model's own probabilities say."""
     stats = pytest.importorskip("scipy.stats")
     vocabulary, num_draws, num_codes = Vocabulary(num_text=256, num_codes=5), 4000, 5
-    torch.manual_seed(5)
-    config = TransformerConfig(
-        vocab_size=vocabulary.size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=16,
-    )
-    transformer = Transformer(config).eval()
-    for tensor in transformer.state_dict().values():
-        tensor.normal_(std=0.2) if tensor.ndim > 1 else None
-    small = LanguageModel(transformer, vocabulary, TinyBpe.train([], 256))
+    small = random_lm(vocabulary, seed=5, std=0.2, num_heads=2, num_kv_heads=1, head_dim=16)
     grid = (1, 1, 3)
 
     def log_probabilities(caption: str) -> torch.Tensor:
@@ -183,7 +157,7 @@ def test_draws_have_the_distribution_of_the_model(guidance: float, lookahead: in
         head = torch.from_numpy(prompt_tokens(caption, "image", grid, None, vocabulary, small.text).astype(np.int64))
         outcomes = torch.cartesian_prod(*[torch.arange(num_codes)] * 3) + vocabulary.vision_offset
         tokens = torch.cat([head.expand(len(outcomes), -1), outcomes], dim=1)
-        return transformer(tokens)[:, len(head) - 1 : -1, vocabulary.vision_offset :].log_softmax(dim=-1)
+        return small.transformer(tokens)[:, len(head) - 1 : -1, vocabulary.vision_offset :].log_softmax(dim=-1)
 
     scores = guide(log_probabilities("a"), log_probabilities(""), guidance).log_softmax(dim=-1)
     chosen = torch.cartesian_prod(*[torch.arange(num_codes)] * 3)

@@ -6,12 +6,12 @@ import torch
 
 from model.generate_text import AnswerConfig, generate_text
 from model.text_tokenizer import TinyBpe
-from model.transformer import Transformer, TransformerConfig
 from model.weights import LanguageModel
 from schemas.chat import chat_prompt
 from schemas.document import Tokens, VisionBlock
 from schemas.errors import ConfigError
 from schemas.vocabulary import Vocabulary
+from tests.model.small_lm import random_lm
 
 VOCABULARY = Vocabulary(num_text=300, num_codes=24)  # more text ids than the text tokenizer has
 TEXT = TinyBpe.train([], 256)
@@ -19,21 +19,7 @@ TEXT = TinyBpe.train([], 256)
 
 @pytest.fixture(scope="module")
 def lm() -> LanguageModel:
-    torch.manual_seed(3)
-    config = TransformerConfig(
-        vocab_size=VOCABULARY.size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-    )
-    transformer = Transformer(config).eval()
-    for tensor in transformer.state_dict().values():
-        tensor.normal_(std=0.3) if tensor.ndim > 1 else None
-    return LanguageModel(transformer, VOCABULARY, TEXT)
+    return random_lm(VOCABULARY, text=TEXT, max_position_embeddings=128)
 
 
 def prompts() -> list[Tokens]:

@@ -14,13 +14,12 @@ from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from model.export import export_language_model
 from model.generate import VisionRequest, generate_vision
 from model.sampling import SamplingConfig, guide
-from model.text_tokenizer import TinyBpe
-from model.transformer import Transformer, TransformerConfig
 from model.vllm_images import ARGUMENT, VisionGrammar, VllmImages
 from model.weights import LanguageModel
 from schemas.document import parse_document
 from schemas.errors import ConfigError
 from schemas.vocabulary import Vocabulary
+from tests.model.small_lm import random_lm
 
 VOCABULARY = Vocabulary(num_text=256, num_codes=40)
 REQUESTS = [
@@ -74,21 +73,10 @@ def test_both_rows_of_a_pair_get_the_guided_scores() -> None:
 
 @pytest.fixture(scope="module")
 def lm() -> LanguageModel:
-    torch.manual_seed(3)
-    config = TransformerConfig(
-        vocab_size=VOCABULARY.size,
-        hidden_size=64,
-        intermediate_size=96,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=32,  # the smallest of vLLM's attention on CPU
-        max_position_embeddings=256,
-    )
-    transformer = Transformer(config).eval()
-    for tensor in transformer.state_dict().values():
-        tensor.normal_(std=0.3) if tensor.ndim > 1 else None
-    return LanguageModel(transformer, VOCABULARY, TinyBpe.train([], 256))
+    return random_lm(
+        VOCABULARY, hidden_size=64, intermediate_size=96, num_heads=2, num_kv_heads=1, head_dim=32,
+        max_position_embeddings=256,  # 32: the least of vLLM's attention on CPU
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
