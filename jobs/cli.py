@@ -171,19 +171,28 @@ def pack(
     name: Annotated[str, typer.Option("--name", help="Name of the sequence set; given once.")],
     recipe: Annotated[str, typer.Option("--recipe", help="Pack recipe: a shipped name or a TOML file.")] = "pack",
     tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="tokenizer_id, if there are several.")] = None,
+    conversations: Annotated[
+        list[Path] | None,
+        typer.Option("--conversations", help="Questions and answers about the clips, in LLaVA's layout."),
+    ] = None,
     overrides: SetOption = None,
     lake: LakeOption = "./lake",
+    strict: StrictOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Pack captioned, tokenized sets and texts into sequences."""
+    """Pack captioned, tokenized sets, texts and conversations into sequences."""
     from jobs.pack import PackRecipe, pack_sets
     from jobs.shipped import load_named
 
-    report = pack_sets(_open(lake), sets, load_named(PackRecipe, recipe, overrides or ()), name, tokenizer)
+    chosen = load_named(PackRecipe, recipe, overrides or ())
+    report = pack_sets(_open(lake), sets, chosen, name, tokenizer, conversations or ())
     made = "there already" if report.already_there else "packed"
     text = f"{report.num_sequences} sequences, {report.num_tokens} tokens, {report.fill_ratio:.1%} full"
     left = f"; {report.num_without_caption} clips without caption or tokens, {report.num_too_long} documents too long"
+    if conversations:
+        left += f", {report.num_conversations_refused} conversations refused"
     _answer(report, json, f"pack {name} ({made}): {text}{left}")
+    _exit_if(strict and report.num_too_long + report.num_conversations_refused > 0)
 
 
 @app.command()

@@ -154,10 +154,11 @@ class _Tracer:
         curated = self._many(CURATED_SETS, "curated_id", curated_ids, ["name", "curated_id", "recipe_id", "num_clips"])
         sequences: tuple[Row, ...] = ()
         if packed:
-            columns = ["seqset_id", "seq_index", "num_tokens", "segments", "captioner_ids"]
+            columns = ["seqset_id", "seq_index", "num_tokens", "segments", "captioner_ids", "chats"]
             sequences = self._many(SEQUENCES, "seqset_id", data_id, columns)
             items = [segment for row in sequences for segment in row["segments"]]
-            clip_ids = {item["item_id"] for item in items if item["kind"] != "text"}
+            clip_ids = {item["item_id"] for item in items if item["kind"] in ("image", "video")}
+            clip_ids |= {clip for row in sequences for chat in row["chats"] or () for clip in chat["clip_ids"]}
             captions = self._captions(_packed_captions(sequences))
             data = self._data(clip_ids, {item["item_id"] for item in items if item["kind"] == "text"}, captions)
         else:

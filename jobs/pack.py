@@ -1,14 +1,16 @@
 """Pack: curated sets with captions and vision tokens, and texts, into sequences for training."""
 
 import json
+import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field
 
 from jobs.captioners import find_captioner
@@ -16,12 +18,16 @@ from jobs.curate import check_name, read_set
 from jobs.run import recorded
 from model.text_tokenizer import Emu3TextTokenizer, TinyBpe
 from pipeline.pack_sequences import PackedDocument, pack, sequence_rows
+from pipeline.read_conversations import Conversation, read_conversations
 from pipeline.stage import attempt_row
 from schemas.captions import CAPTIONS
 from schemas.catalog import Lake
+from schemas.chat import Exchange, write_chat
+from schemas.clips import CLIPS
 from schemas.curated import CURATED_SETS
 from schemas.document import TextDocument, VisionBlock, VisionDocument, write_document
 from schemas.errors import ConfigError, RowError, SchemaError
+from schemas.media import LOCATIONS
 from schemas.recipe import Config, canonical_json, later_option, short_hash
 from schemas.runs import ATTEMPTS
 from schemas.sequences import SEQUENCE_SETS, SEQUENCES
@@ -67,6 +73,7 @@ class PackReport:
     num_without_caption: int
     num_too_long: int
     already_there: bool
+    num_conversations_refused: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,13 +88,67 @@ class _Source:
     fps: float | None = None
     captioner_id: str | None = None
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What a text tokenizer is trained on."""
+        return (self.text,)
+
+    @property
+    def content(self) -> list[object]:
+        """What decides the document."""
+        return [self.kind, self.item_id, self.text, zlib.crc32(self.codes), list(self.grid), self.fps]
+
+    def block(self) -> VisionBlock:
+        """The clip as codes."""
+        assert self.kind != "text"
+        codes = np.frombuffer(self.codes, "<u2").reshape(self.grid).astype(np.int64)
+        return VisionBlock(self.kind, codes, self.fps)
+
+
+@dataclass(frozen=True)
+class _ChatSource:
+    """One conversation before it is written: the clips it is about, and what was said."""
+
+    clips: tuple[_Source, ...]
+    exchanges: tuple[Exchange, ...]
+    uri: str
+
+    @property
+    def kind(self) -> Literal["chat"]:
+        return "chat"
+
+    @property
+    def item_id(self) -> str:
+        """The hash of clips and words."""
+        return short_hash(
+            [[clip.item_id for clip in self.clips], [[one.question, one.answer] for one in self.exchanges]]
+        )
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What a text tokenizer is trained on."""
+        return tuple(text for one in self.exchanges for text in (one.question, one.answer))
+
+    @property
+    def content(self) -> list[object]:
+        """What decides the document."""
+        return [self.kind, self.item_id, *(clip.content for clip in self.clips)]
+
 
 def pack_sets(
-    lake: Lake, set_names: Sequence[str], recipe: PackRecipe, name: str, tokenizer_id: str | None
+    lake: Lake,
+    set_names: Sequence[str],
+    recipe: PackRecipe,
+    name: str,
+    tokenizer_id: str | None,
+    conversations: Sequence[Path] = (),
 ) -> PackReport:
-    """Pack the sets under a new name; the same inputs, recipe and name do nothing.
+    """Pack the sets, and conversations about their clips, under a new name; the same inputs, recipe and name do nothing.
 
-    Raises: ConfigError if the name is taken by other content, or tokens are missing or made by several tokenizers.
+    `conversations` are files in LLaVA's layout. A conversation that cannot be packed is a row in `attempts`.
+
+    Raises: ConfigError if the name is taken by other content, tokens are missing or made by several tokenizers, or a file
+        cannot be read.
     """
     check_name("sequence set", name)
     set_names = sorted(set(set_names))
@@ -95,10 +156,13 @@ def pack_sets(
         recipe = recipe.model_copy(update={"captioner": find_captioner(lake, recipe.captioner)})
     clip_ids = sorted({clip for set_name in set_names for clip in read_set(lake, set_name)["clip_id"].to_pylist()})
     tokenizer_id = _tokenizer(lake, clip_ids, tokenizer_id)
-    sources, num_without = _sources(lake, clip_ids, tokenizer_id, recipe)
-    _check_codes(sources, recipe.num_codes)
+    clips, texts, captioned = _sources(lake, clip_ids, tokenizer_id, recipe)
+    _check_codes(clips, recipe.num_codes)
+    chats, refused = _chats(lake, clips, conversations)
+    sources: list[_Source | _ChatSource] = [*captioned, *texts, *chats]
+    num_without = len(clip_ids) - len(captioned)
     curated_ids = sorted(_curated_id(lake, set_name) for set_name in set_names)
-    content = [[s.kind, s.item_id, s.text, zlib.crc32(s.codes), list(s.grid), s.fps] for s in sources]
+    content = [source.content for source in sources]
     seqset_id = short_hash([curated_ids, tokenizer_id, recipe.canonical_json(), content])
     taken = [row for row in lake.read_where(SEQUENCE_SETS, "name", [name]).to_pylist()]
     if taken and taken[0]["seqset_id"] != seqset_id:
@@ -108,17 +172,22 @@ def pack_sets(
     if taken:
         row = taken[0]
         fill = row["num_tokens"] / (row["num_sequences"] * row["context_len"])
-        return PackReport(name, seqset_id, row["num_sequences"], row["num_tokens"], fill, num_without, 0, True)
-    text = _text_tokenizer(recipe, [source.text for source in sources])
+        counts = row["num_sequences"], row["num_tokens"]
+        return PackReport(name, seqset_id, *counts, fill, num_without, 0, True, len(refused))
+    text = _text_tokenizer(recipe, [word for source in sources for word in source.words])
     vocabulary = Vocabulary(text.num_text, recipe.num_codes)
-    inputs = {"sets": list(set_names), "curated_ids": curated_ids, "tokenizer_id": tokenizer_id}
+    inputs: dict[str, object] = {"sets": list(set_names), "curated_ids": curated_ids, "tokenizer_id": tokenizer_id}
+    if conversations:
+        inputs["conversations"] = [str(path.absolute()) for path in conversations]
     with recorded(lake, "pack", recipe, inputs) as run:
         documents, too_long = _documents(sources, vocabulary, text, recipe)
         if not documents:
             raise ConfigError(
                 f"nothing to pack: {len(clip_ids)} clips, {num_without} of them without caption or tokens"
             )
-        lake.append(ATTEMPTS, [_attempt(source, length, seqset_id, recipe) for source, length in too_long], run.run_id)
+        failures = [_attempt(source, length, seqset_id, recipe) for source, length in too_long]
+        failures += [attempt_row("pack", seqset_id, uri, error, uri=uri) for uri, error in refused]
+        lake.append(ATTEMPTS, failures, run.run_id)
         rows = pack(documents, recipe.context_len, recipe.seed)
         lake.append(SEQUENCES, sequence_rows(rows, seqset_id), run.run_id)
         num_tokens = sum(row.num_tokens for row in rows)
@@ -141,8 +210,10 @@ def pack_sets(
                 f"sequence set {name!r} was just made by another run with other content; choose another name"
             )
         run.outcome |= {"seqset_id": seqset_id, "sequences": len(rows), "tokens": num_tokens, "too_long": len(too_long)}
+        if conversations:
+            run.outcome |= {"conversations": len(chats), "conversations_refused": len(refused)}
     fill = num_tokens / (len(rows) * recipe.context_len)
-    return PackReport(name, seqset_id, len(rows), num_tokens, fill, num_without, len(too_long), False)
+    return PackReport(name, seqset_id, len(rows), num_tokens, fill, num_without, len(too_long), False, len(refused))
 
 
 def sequence_set(lake: Lake, name: str) -> dict[str, object]:
@@ -160,7 +231,7 @@ def materialise(lake: Lake, name: str) -> Path:
     Raises: SchemaError if the rows are not dense or their content is not what was packed.
     """
     row = sequence_set(lake, name)
-    path = lake.folder / "cache" / f"sequences-{row['seqset_id']}.arrow"
+    path = lake.folder / "cache" / f"rows-{row['seqset_id']}.arrow"
     if path.exists():
         return path
     rows = _set_rows(lake, str(row["seqset_id"]))
@@ -174,7 +245,8 @@ def materialise(lake: Lake, name: str) -> Path:
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     tokens = [np.frombuffer(value, "<u4") for value in rows["tokens"].to_pylist()]
-    write_sequence_file(path, tokens, rows["segments"].to_pylist())
+    answers = [[one for chat in chats or () for one in chat["answers"]] for chats in rows["chats"].to_pylist()]
+    write_sequence_file(path, tokens, rows["segments"].to_pylist(), answers)
     return path
 
 
@@ -198,7 +270,10 @@ def _set_rows(lake: Lake, seqset_id: str) -> pa.Table:
 
 
 def _sequences_sha256(rows: pa.Table) -> str:
-    return content_sha256(rows, SEQUENCES.content_columns, SEQUENCES.key)
+    columns = [name for name in SEQUENCES.content_columns if name != "chats"]
+    if rows["chats"].null_count < len(rows):  # sets without conversations keep the hash they had before there were any
+        columns.append("chats")
+    return content_sha256(rows, columns, SEQUENCES.key)
 
 
 def _curated_id(lake: Lake, set_name: str) -> str:
@@ -221,28 +296,82 @@ def _tokenizer(lake: Lake, clip_ids: Sequence[str], asked: str | None) -> str:
     return str(found[0])
 
 
-def _sources(lake: Lake, clip_ids: Sequence[str], tokenizer_id: str, recipe: PackRecipe) -> tuple[list[_Source], int]:
-    """Everything to pack in the order of ids, and how many clips lack a caption or tokens."""
+def _sources(
+    lake: Lake, clip_ids: Sequence[str], tokenizer_id: str, recipe: PackRecipe
+) -> tuple[dict[str, _Source], list[_Source], list[_Source]]:
+    """Every clip with tokens by its id; the texts; and the clips that have a caption, all in the order of ids."""
     captions = {row["clip_id"]: row for row in _best_captions(lake, clip_ids, recipe.captioner)}
     wanted = set(clip_ids)
-    sources: list[_Source] = []
+    clips: dict[str, _Source] = {}
     columns = ["clip_id", "tokenizer_id", "kind", "t", "h", "w", "fps", "codes", "crc32"]
     for batch in lake.iter_batches(VISION_TOKENS, columns):
         for row in batch.to_pylist():
-            if row["tokenizer_id"] != tokenizer_id or row["clip_id"] not in wanted or row["clip_id"] not in captions:
+            clip_id = row["clip_id"]
+            if row["tokenizer_id"] != tokenizer_id or clip_id not in wanted:
                 continue
             if zlib.crc32(row["codes"]) != row["crc32"]:
-                raise SchemaError(f"vision tokens of {row['clip_id']} do not match their checksum; the file is damaged")
-            said, grid = captions[row["clip_id"]], (row["t"], row["h"], row["w"])
-            sources.append(
-                _Source(row["kind"], row["clip_id"], said["text"], row["codes"], grid, row["fps"], said["captioner_id"])
-            )
-    num_without = len(wanted) - len(sources)
+                raise SchemaError(f"vision tokens of {clip_id} do not match their checksum; the file is damaged")
+            said = captions.get(clip_id)
+            caption, captioner_id = (said["text"], said["captioner_id"]) if said else ("", None)
+            grid = (row["t"], row["h"], row["w"])
+            clips[clip_id] = _Source(row["kind"], clip_id, caption, row["codes"], grid, row["fps"], captioner_id)
+    captioned = sorted((clips[one] for one in clips if one in captions), key=lambda clip: (clip.kind, clip.item_id))
+    texts: list[_Source] = []
     if recipe.include_texts:
-        sources += [
-            _Source("text", row["text_id"], row["text"]) for row in lake.read(TEXTS, ["text_id", "text"]).to_pylist()
-        ]
-    return sorted(sources, key=lambda source: (source.kind, source.item_id)), num_without
+        rows = lake.read(TEXTS, ["text_id", "text"]).to_pylist()
+        texts = sorted((_Source("text", row["text_id"], row["text"]) for row in rows), key=lambda text: text.item_id)
+    return clips, texts, captioned
+
+
+def _chats(
+    lake: Lake, clips: Mapping[str, _Source], files: Sequence[Path]
+) -> tuple[list[_ChatSource], list[tuple[str, RowError]]]:
+    """Files of conversations -> those about clips with tokens, each once, in the order of ids; and the others with reasons."""
+    if not files:
+        return [], []
+    wanted = pa.array(sorted(clips), pa.string())
+    rows = lake.read(CLIPS, ["clip_id", "media_id"])
+    rows = rows.filter(pc.is_in(rows["clip_id"], value_set=wanted)).to_pylist()
+    clips_of: dict[str, set[str]] = {}
+    for row in rows:
+        clips_of.setdefault(row["media_id"], set()).add(row["clip_id"])
+    media = {row["uri"]: row["media_id"] for row in lake.read(LOCATIONS, ["uri", "media_id"]).to_pylist()}
+    found: dict[str, _ChatSource] = {}
+    refused: list[tuple[str, RowError]] = []
+    for path in files:
+        for conversation in read_conversations(path):
+            uri = f"{path.absolute()}#row={conversation.index}"
+            try:
+                chat = _chat(conversation, uri, media, clips_of, clips)
+            except RowError as error:
+                refused.append((uri, error))
+            else:
+                found.setdefault(chat.item_id, chat)
+    return [found[item_id] for item_id in sorted(found)], refused
+
+
+def _chat(
+    conversation: Conversation,
+    uri: str,
+    media: Mapping[str, str],
+    clips_of: Mapping[str, set[str]],
+    clips: Mapping[str, _Source],
+) -> _ChatSource:
+    """Raises: RowError if it is broken, or a picture is not in the lake or not one clip with tokens."""
+    if conversation.error is not None:
+        raise conversation.error
+    shown: list[_Source] = []
+    for path in conversation.media:
+        places = [os.path.normpath(path), os.path.realpath(path)]
+        medium = next((media[place] for place in places if place in media), None)
+        if medium is None:
+            raise RowError("UnknownMedium", f"{path} is no medium of this lake: ingest it first", terminal=False)
+        candidates = sorted(clips_of.get(medium, ()))
+        if len(candidates) != 1:
+            found = f"{len(candidates)} clips with vision tokens"
+            raise RowError("NoSingleClip", f"found {found} of {path} in the sets, expected one", terminal=False)
+        shown.append(clips[candidates[0]])
+    return _ChatSource(tuple(shown), conversation.exchanges, uri)
 
 
 def _best_captions(lake: Lake, clip_ids: Sequence[str], captioner: str | None) -> Iterator[dict[str, str]]:
@@ -278,8 +407,8 @@ def _text_tokenizer(recipe: PackRecipe, texts: Sequence[str]) -> TextTokenizer:
     return Emu3TextTokenizer(recipe.text_tokenizer.path)
 
 
-def _check_codes(sources: Sequence[_Source], num_codes: int) -> None:
-    largest = max((int(np.frombuffer(source.codes, "<u2").max()) for source in sources if source.codes), default=-1)
+def _check_codes(clips: Mapping[str, _Source], num_codes: int) -> None:
+    largest = max((int(np.frombuffer(clip.codes, "<u2").max()) for clip in clips.values()), default=-1)
     if largest >= num_codes:
         raise ConfigError(
             f"found the vision code {largest}, and num_codes is {num_codes}: give the size of the tokenizer's codebook"
@@ -287,32 +416,37 @@ def _check_codes(sources: Sequence[_Source], num_codes: int) -> None:
 
 
 def _documents(
-    sources: Sequence[_Source], vocabulary: Vocabulary, text: TextTokenizer, recipe: PackRecipe
-) -> tuple[list[PackedDocument], list[tuple[_Source, int]]]:
+    sources: Sequence[_Source | _ChatSource], vocabulary: Vocabulary, text: TextTokenizer, recipe: PackRecipe
+) -> tuple[list[PackedDocument], list[tuple[_Source | _ChatSource, int]]]:
     documents, too_long = [], []
     for source in sources:
-        document = _document(source, recipe)
-        tokens = write_document(document, vocabulary, text)
-        if len(tokens) > recipe.context_len:
-            too_long.append((source, len(tokens)))
+        document = _document(source, vocabulary, text, recipe)
+        if len(document.tokens) > recipe.context_len:
+            too_long.append((source, len(document.tokens)))
         else:
-            has_caption = isinstance(document, VisionDocument) and bool(document.caption)
-            captioner_id = source.captioner_id if has_caption else None
-            documents.append(PackedDocument(source.kind, source.item_id, tokens, captioner_id))
+            documents.append(document)
     return documents, too_long
 
 
-def _document(source: _Source, recipe: PackRecipe) -> TextDocument | VisionDocument:
+def _document(
+    source: _Source | _ChatSource, vocabulary: Vocabulary, text: TextTokenizer, recipe: PackRecipe
+) -> PackedDocument:
+    if isinstance(source, _ChatSource):
+        blocks = [clip.block() for clip in source.clips]
+        tokens, answers = write_chat(source.exchanges, blocks, vocabulary, text)
+        clip_ids = tuple(clip.item_id for clip in source.clips)
+        return PackedDocument("chat", source.item_id, tokens, clip_ids=clip_ids, answers=tuple(answers))
     if source.kind == "text":
-        return TextDocument(source.text)
+        return PackedDocument("text", source.item_id, write_document(TextDocument(source.text), vocabulary, text))
     # Part of the captions become empty so that the model learns the unconditional branch of guidance. Which ones depends on
     # the clip and the seed alone, so adding clips changes nothing for the others.
     draw = int(short_hash([recipe.seed, "null_prompt", source.item_id]), 16) / 16**16
     caption = "" if draw < recipe.null_prompt_ratio else source.text
-    codes = np.frombuffer(source.codes, "<u2").reshape(source.grid).astype(np.int64)
-    return VisionDocument(VisionBlock(source.kind, codes, source.fps), caption)
+    tokens = write_document(VisionDocument(source.block(), caption), vocabulary, text)
+    return PackedDocument(source.kind, source.item_id, tokens, source.captioner_id if caption else None)
 
 
-def _attempt(source: _Source, length: int, seqset_id: str, recipe: PackRecipe) -> dict[str, object]:
+def _attempt(source: _Source | _ChatSource, length: int, seqset_id: str, recipe: PackRecipe) -> dict[str, object]:
     error = RowError("DocumentTooLong", f"{length} tokens, and a row holds {recipe.context_len}; whole documents only")
-    return attempt_row("pack", seqset_id, source.item_id, error)
+    uri = source.uri if isinstance(source, _ChatSource) else None
+    return attempt_row("pack", seqset_id, source.item_id, error, uri=uri)

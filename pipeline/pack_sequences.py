@@ -13,17 +13,24 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from schemas.chat import Span
+
 Tokens = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
 class PackedDocument:
-    """A document as tokens, with the id of what it was made from, a clip or a text, and whose caption it has."""
+    """A document as tokens, with the id of what it was made from (a clip, a text, a conversation) and whose caption it has.
 
-    kind: Literal["image", "video", "text"]
+    A conversation has the clips that it is about and the spans of its answers, which alone are learnt.
+    """
+
+    kind: Literal["image", "video", "text", "chat"]
     item_id: str
     tokens: Tokens
     captioner_id: str | None = None
+    clip_ids: tuple[str, ...] = ()
+    answers: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,8 +74,13 @@ def sequence_rows(rows: Sequence[PackedRow], seqset_id: str) -> list[dict[str, o
 
 
 def _sequence_row(row: PackedRow, index: int, seqset_id: str) -> dict[str, object]:
-    segments, offset = [], 0
+    segments: list[dict[str, object]] = []
+    chats: list[dict[str, object]] = []
+    offset = 0
     for document in row.documents:
+        if document.answers:
+            answers = [{"offset": offset + span.offset, "length": span.length} for span in document.answers]
+            chats.append({"document": len(segments), "clip_ids": list(document.clip_ids), "answers": answers})
         segments.append(
             {"kind": document.kind, "item_id": document.item_id, "offset": offset, "length": len(document.tokens)}
         )
@@ -82,4 +94,5 @@ def _sequence_row(row: PackedRow, index: int, seqset_id: str) -> dict[str, objec
         "segments": segments,
         "crc32": zlib.crc32(tokens),
         "captioner_ids": [document.captioner_id for document in row.documents],
+        "chats": chats or None,
     }

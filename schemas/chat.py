@@ -1,16 +1,18 @@
 """Questions about an image or a clip, and plain ones: the published chat template, as tokens.
 
     BOS "You are a helpful assistant. USER: " (BOI meta IMG codes EOI)* question ". ASSISTANT:" answer EOS
+    "USER: " question ". ASSISTANT:" answer EOS ...
 
 The full stop after the question is part of the template, whatever the question ends with.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from schemas.document import (
+    DocumentError,
     InterleavedDocument,
     MetaTemplate,
     Part,
@@ -23,7 +25,24 @@ from schemas.document import (
 from schemas.vocabulary import Vocabulary
 
 OPENING = "You are a helpful assistant. USER: "
+NEXT = "USER: "
 CLOSING = ". ASSISTANT:"
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A question and the answer to it."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens of a document or row: the first, and how many."""
+
+    offset: int
+    length: int
 
 
 def chat_prompt(
@@ -43,20 +62,34 @@ def chat_prompt(
 
 
 def write_chat(
-    question: str,
-    answer: str,
+    exchanges: Sequence[Exchange],
     blocks: Sequence[VisionBlock],
     vocabulary: Vocabulary,
     text: TextCodec,
     *,
     meta: MetaTemplate = MetaTemplate.OUTBACK,
-) -> tuple[Tokens, npt.NDArray[np.float32]]:
-    """A question with its answer -> tokens from BOS to EOS, and the weight of each as a target: 1 for the answer only.
+) -> tuple[Tokens, list[Span]]:
+    """Questions with their answers, all about the same blocks -> tokens from BOS to EOS, and where the answers are.
 
+    An answer's span ends with the EOS that closes it, so that a model learns to stop after each. The next question follows
+    as in Vicuna's conversations, which the published template is the first exchange of: ours, as Emu3 shows no second one.
+
+    Raises: DocumentError if there is no exchange or a text is not encodable; SchemaError as `chat_prompt`.
     Paper: Emu3 report, section 2.5.2: vision tokens carry no loss when the model learns to understand.
     """
-    prompt = chat_prompt(question, blocks, vocabulary, text, meta=meta)
-    # Apart from the question, so that a text tokenizer joins no piece of one to a piece of the other.
-    answered = np.append(text_tokens(answer, vocabulary, text), np.uint32(vocabulary.eos))
-    weights = np.repeat(np.array([0.0, 1.0], np.float32), [len(prompt), len(answered)])
-    return np.concatenate([prompt, answered]), weights
+    if not exchanges:
+        raise DocumentError("document_chat", "found a conversation of no exchange, expected a question and an answer")
+    tokens: list[Tokens] = []
+    spans: list[Span] = []
+    length = 0
+    for index, exchange in enumerate(exchanges):
+        if index == 0:
+            asked = chat_prompt(exchange.question, blocks, vocabulary, text, meta=meta)
+        else:
+            asked = text_tokens(NEXT + exchange.question + CLOSING, vocabulary, text)
+        # Apart from the question, so that a text tokenizer joins no piece of one to a piece of the other.
+        answered = np.append(text_tokens(exchange.answer, vocabulary, text), np.uint32(vocabulary.eos))
+        spans.append(Span(length + len(asked), len(answered)))
+        tokens += [asked, answered]
+        length += len(asked) + len(answered)
+    return np.concatenate(tokens), spans

@@ -7,10 +7,25 @@ from schemas.table import Column, Table
 
 SEGMENT = pa.struct(
     [
-        pa.field("kind", pa.string(), nullable=False),  # image, video or text
-        pa.field("item_id", pa.string(), nullable=False),  # clip_id, or text_id
+        pa.field("kind", pa.string(), nullable=False),  # image, video, text or chat
+        pa.field("item_id", pa.string(), nullable=False),  # clip_id, text_id, or the hash of a conversation
         pa.field("offset", pa.int32(), nullable=False),  # first token in the row
         pa.field("length", pa.int32(), nullable=False),  # tokens
+    ]
+)
+
+SPAN = pa.struct(
+    [
+        pa.field("offset", pa.int32(), nullable=False),  # first token in the row
+        pa.field("length", pa.int32(), nullable=False),  # tokens
+    ]
+)
+
+CHAT = pa.struct(
+    [
+        pa.field("document", pa.int32(), nullable=False),  # which of the row's documents
+        pa.field("clip_ids", pa.list_(pa.field("element", pa.string(), nullable=False)), nullable=False),
+        pa.field("answers", pa.list_(pa.field("element", SPAN, nullable=False)), nullable=False),
     ]
 )
 
@@ -33,6 +48,13 @@ SEQUENCES = Table(
             "whose caption each document has, in order; null for texts and documents without a caption",
             nullable=True,
             provenance=True,
+        ),
+        Column(
+            "chats",
+            pa.list_(pa.field("element", CHAT, nullable=False)),
+            "the conversations among the documents: the clips shown, and the answers, of whose document nothing else is "
+            "learnt",
+            nullable=True,
         ),
         RUN_ID,
         WRITTEN_AT,

@@ -6,6 +6,7 @@ number of workers. Rows are read from memory-mapped files, so a step touches onl
 Shapes: B rows, L tokens, T frames, H W pixels, C channels.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +21,7 @@ from torch import Tensor
 from model.text_tokenizer import TextTokenizer
 from schemas.document import loss_weights
 from schemas.errors import ConfigError, SchemaError
-from schemas.sequences import SEGMENT
+from schemas.sequences import SEGMENT, SPAN
 from schemas.vocabulary import IntArray, Vocabulary
 from train.files import publish_file
 
@@ -35,6 +36,8 @@ SEQUENCE_SCHEMA = pa.schema(
     [
         pa.field("tokens", pa.large_binary(), nullable=False),  # token ids, little-endian uint32, without padding
         pa.field("segments", pa.list_(pa.field("element", SEGMENT, nullable=False)), nullable=False),
+        # Answers of conversations; of a document that holds one, nothing else is learnt.
+        pa.field("answers", pa.list_(pa.field("element", SPAN, nullable=False)), nullable=False),
     ]
 )
 
@@ -104,9 +107,12 @@ def worker_share(rows: Rows, rank: int, num_workers: int) -> Rows:
 
 
 def write_sequence_file(
-    path: Path, tokens: Iterable[IntArray], segments: Iterable[Sequence[Mapping[str, object]]]
+    path: Path,
+    tokens: Iterable[IntArray],
+    segments: Iterable[Sequence[Mapping[str, object]]],
+    answers: Iterable[Sequence[Mapping[str, object]]] | None = None,
 ) -> int:
-    """Token ids and segments of each row, in order -> an Arrow IPC file, published whole; the number of rows.
+    """Token ids, segments and answers of each row, in order -> an Arrow IPC file, published whole; the number of rows.
 
     Raises: SchemaError if segments do not cover their row from end to end.
     """
@@ -117,10 +123,12 @@ def write_sequence_file(
         pa.ipc.new_file(sink, SEQUENCE_SCHEMA) as writer,
     ):
         pending: list[dict[str, object]] = []
-        for row_tokens, row_segments in zip(tokens, segments, strict=True):
+        rows = zip(tokens, segments, strict=True)
+        spans = itertools.repeat(()) if answers is None else iter(answers)
+        for (row_tokens, row_segments), row_answers in zip(rows, spans, strict=answers is not None):
             ids = np.ascontiguousarray(row_tokens, TOKEN_TYPE)
             _document_lengths(row_segments, len(ids), num_rows)
-            pending.append({"tokens": ids.tobytes(), "segments": list(row_segments)})
+            pending.append({"tokens": ids.tobytes(), "segments": list(row_segments), "answers": list(row_answers)})
             num_rows += 1
             if len(pending) == ROWS_PER_RECORD_BATCH:
                 writer.write_batch(pa.RecordBatch.from_pylist(pending, SEQUENCE_SCHEMA))
@@ -142,9 +150,10 @@ class SequenceFile:
         except (OSError, pa.ArrowInvalid) as error:
             raise ConfigError(f"the sequences {path} cannot be read: {error}") from error
         if table.schema != SEQUENCE_SCHEMA:
-            raise ConfigError(f"{path} holds the columns {table.schema.names}, expected tokens and segments")
+            raise ConfigError(f"{path} holds the columns {table.schema.names}, expected {SEQUENCE_SCHEMA.names}")
         self._tokens = table.column("tokens")
         self._segments = table.column("segments")
+        self._answers = table.column("answers")
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -156,6 +165,10 @@ class SequenceFile:
     def segments(self, row: int) -> list[dict[str, object]]:
         """A row -> its documents in order: kind, item_id, offset and length in tokens."""
         return list(self._segments[row].as_py())
+
+    def answers(self, row: int) -> list[dict[str, int]]:
+        """A row -> the answers of its conversations in order: offset in the row and length, in tokens."""
+        return list(self._answers[row].as_py())
 
     def document_lengths(self, row: int) -> Rows:
         """A row -> tokens of each of its documents.
@@ -200,10 +213,26 @@ def token_batch(file: SequenceFile, rows: Rows, data: SequenceData, vision_weigh
         labels[place, ends - 1] = vocabulary.pad  # the last token of a document predicts nothing
         weights[place, : len(ids)] = loss_weights(labels[place, : len(ids)], vocabulary, vision_weight)
         weights[place, ends - 1] = 0.0
+        _keep_answers(weights[place], ends, file.answers(int(row)))
         positions[place, : len(ids)] = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)
         documents[place, : len(ids)] = np.repeat(np.arange(len(lengths)), lengths)
         documents[place, len(ids) :] = len(lengths)
     return TokenBatch(*(torch.from_numpy(part) for part in (tokens, labels, weights, positions, documents)))
+
+
+def _keep_answers(weights_L: npt.NDArray[np.float32], ends: Rows, answers: Sequence[Mapping[str, int]]) -> None:
+    """Take the weight from all but the answers of each document that holds some; `ends` are where documents end.
+
+    Paper: Emu3 report, section 2.5.2: when the model learns to understand, neither pictures nor questions are learnt.
+    """
+    learnt = np.zeros(len(weights_L), np.bool_)
+    chats = np.zeros(len(weights_L), np.bool_)
+    for span in answers:
+        first = span["offset"]
+        learnt[first - 1 : first - 1 + span["length"]] = True  # the label of a place is the token after it
+        document = int(np.searchsorted(ends, first, side="right"))
+        chats[ends[document - 1] if document else 0 : ends[document]] = True
+    weights_L[chats & ~learnt] = 0.0
 
 
 def write_frame_file(path: Path, chunks: Iterable[Frames], num_chunks: int, size_px: tuple[int, int]) -> None:

@@ -1,5 +1,6 @@
 """Packing reads what it was asked to read, and equal inputs give equal ids."""
 
+import json
 import zlib
 from pathlib import Path
 
@@ -7,15 +8,19 @@ import numpy as np
 import pytest
 
 from jobs.curate import curate, read_set
-from jobs.pack import PackRecipe, pack_sets
+from jobs.pack import PackRecipe, materialise, pack_sets, text_tokenizer_from_json
 from pipeline.rules import Bounds, CurateRecipe
 from schemas.captions import CAPTIONS
 from schemas.catalog import Lake
 from schemas.errors import ConfigError
+from schemas.identity import clip_id
+from schemas.media import LOCATIONS
+from schemas.runs import ATTEMPTS
 from schemas.sequences import SEQUENCE_SETS, SEQUENCES
 from schemas.texts import TEXTS
 from schemas.vision_tokens import VISION_TOKENS
 from tests.jobs.test_curate import RECIPE, expected, fill
+from train.batches import SequenceFile
 
 NUM = 12
 PACK = PackRecipe(context_len=128, num_codes=16, text_tokenizer={"kind": "tiny_bpe", "num_text": 300})
@@ -85,3 +90,45 @@ def test_captions_are_those_of_the_captioner_asked_for_and_none_that_failed_a_ch
     assert report.num_without_caption == 1
     segments = [item for row in lake.read(SEQUENCES, ["segments"])["segments"].to_pylist() for item in row]
     assert sorted(item["item_id"] for item in segments) == sorted([*clips[1:], "one"])
+
+
+def test_conversations_about_clips_are_packed_and_the_others_have_reasons(lake: Lake, tmp_path: Path) -> None:
+    places = [
+        {"location_id": f"{number}", "media_id": f"{number:016x}", "uri": f"/media/{number}.png", "licence": None}
+        for number in range(NUM)
+    ]
+    lake.append(LOCATIONS, places, "i")
+    said = [{"from": "human", "value": "Colour?"}, {"from": "gpt", "value": "red"}]
+    more = [*said, {"from": "human", "value": "Shape?"}, {"from": "gpt", "value": "circle"}]
+    rows: list[object] = [
+        {"image": "/media/0.png", "conversations": more},
+        {"image": "/media/0.png", "conversations": more},  # the same again is the same document
+        {"image": ["/media/2.png", "/media/4.png"], "conversations": said},
+        {"conversations": said},
+        {"image": "/media/none.png", "conversations": said},
+        {"image": "/media/3.png", "conversations": said},  # not in the set
+        {"image": "/media/0.png", "conversations": said[:1]},
+        {"image": "/media/0.png", "conversations": [said[0], {"from": "gpt", "value": "long " * 200}]},
+    ]
+    path = tmp_path / "said.json"
+    path.write_text(json.dumps(rows))
+    report = pack_sets(lake, ["kept"], PACK, "chat", None, [path])
+    assert (report.num_conversations_refused, report.num_too_long) == (3, 1)
+    stored = lake.read(SEQUENCES).to_pylist()
+    chats = [(row, chat) for row in stored for chat in row["chats"] or ()]
+    assert [row["segments"][chat["document"]]["kind"] for row, chat in chats] == ["chat"] * 3
+    zero, two, four = (clip_id(f"{number:016x}", 0, 0) for number in (0, 2, 4))
+    assert sorted(tuple(chat["clip_ids"]) for _, chat in chats) == sorted([(zero,), (two, four), ()])
+    text = text_tokenizer_from_json(lake.read(SEQUENCE_SETS)["text_tokenizer"][0].as_py())
+    answers = []
+    for row, chat in chats:
+        tokens = np.frombuffer(row["tokens"], "<u4")
+        spans = [tokens[span["offset"] : span["offset"] + span["length"]] for span in chat["answers"]]
+        answers.append(tuple(text.decode(span[:-1].tolist()) for span in spans))
+    assert sorted(answers) == [("red",), ("red",), ("red", "circle")]
+    reasons = {row["error_class"] for row in lake.read(ATTEMPTS).to_pylist()}
+    assert reasons == {"UnknownMedium", "NoSingleClip", "BrokenConversation", "DocumentTooLong"}
+    file = SequenceFile(materialise(lake, "chat"))
+    assert sum(len(file.answers(row)) for row in range(len(file))) == 4
+    assert pack_sets(lake, ["kept"], PACK, "chat", None, [path]).already_there
+    assert pack_sets(lake, ["kept"], PACK, "plain", None).seqset_id != report.seqset_id

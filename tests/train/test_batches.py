@@ -5,6 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from schemas.chat import Exchange, write_chat
+from schemas.document import VisionBlock
 from schemas.errors import ConfigError, SchemaError
 from schemas.vocabulary import Vocabulary
 from tests.train.small_data import CONTEXT_LEN, VOCABULARY, documents, frame_data, sequence_data, text_tokenizer
@@ -136,3 +138,35 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
             read(tmp_path / "text")
         with pytest.raises(ConfigError, match="cannot be read"):
             read(tmp_path / "missing")
+
+
+def test_of_a_conversation_only_the_answers_are_learnt(tmp_path: Path) -> None:
+    image = VisionBlock("image", np.arange(4).reshape(1, 2, 2))
+    text = text_tokenizer()
+    exchanges = [Exchange("Colour?", "red"), Exchange("Shape?", "circle")]
+    chat, answers = write_chat(exchanges, [image], VOCABULARY, text)
+    plain = documents(0, 2)
+    rows = [np.concatenate([plain[0], chat, plain[1]]), np.concatenate([plain[1]])]
+    lengths = [[len(plain[0]), len(chat), len(plain[1])], [len(plain[1])]]
+    segments = [
+        [
+            {"kind": "chat", "item_id": "a", "offset": end - n, "length": n}
+            for n, end in zip(row, np.cumsum(row).tolist(), strict=True)
+        ]
+        for row in lengths
+    ]
+    spans = [[{"offset": len(plain[0]) + span.offset, "length": span.length} for span in answers], []]
+    path = tmp_path / "rows.arrow"
+    write_sequence_file(path, rows, segments, spans)
+    data = SequenceData(path, "a", "a", VOCABULARY, text, 512)
+    batch = token_batch(SequenceFile(path), np.array([0, 1]), data, 0.5)
+    inside = slice(len(plain[0]), len(plain[0]) + len(chat))
+    learnt = batch.labels_BL[0, inside][batch.weights_BL[0, inside] > 0]
+    expected = [*text.encode("red"), VOCABULARY.eos, *text.encode("circle"), VOCABULARY.eos]
+    assert learnt.tolist() == expected
+    assert batch.weights_BL[0, inside].sum() == len(expected)
+    alone = token_batch(SequenceFile(path), np.array([1]), data, 0.5)
+    for place, first in ((0, 0), (1, 0)):
+        document = plain[place]
+        weights = batch.weights_BL[0, first : first + len(document)] if place == 0 else alone.weights_BL[0]
+        assert (weights[: len(document) - 1] > 0).all()
