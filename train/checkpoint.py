@@ -6,7 +6,7 @@ a rename after everything in it is on disk, so what has that name is whole.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def save_checkpoint(
     folder: Path,
     step: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     extra: Mapping[str, Tensor],
     identity: TrainingIdentity,
     *,
@@ -68,7 +68,7 @@ def save_checkpoint(
         draft.mkdir(parents=True)
     barrier()
     writer = FileSystemWriter(draft, single_file_per_rank=True, sync_files=True)
-    save(_state(model, optimizer, extra), storage_writer=writer, no_dist=not dist.is_initialized())
+    save(_state(model, optimizers, extra), storage_writer=writer, no_dist=not dist.is_initialized())
     if rank() == 0:
         write_text(draft / MANIFEST, json.dumps({"step": step, **asdict(identity)}, sort_keys=True) + "\n")
         shutil.rmtree(target, ignore_errors=True)
@@ -89,11 +89,11 @@ def latest(folder: Path) -> tuple[int, Path] | None:
 def restore_latest(
     folder: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     extra: Mapping[str, Tensor],
     identity: TrainingIdentity,
 ) -> int:
-    """Load the newest finished checkpoint into model, optimizer and the tensors of `extra`; its step, 0 without one.
+    """Load the newest finished checkpoint into model, optimizers and the tensors of `extra`; its step, 0 without one.
 
     Called by all workers; rank 0 says which checkpoint. The number of workers may have changed since.
 
@@ -105,16 +105,18 @@ def restore_latest(
         return 0
     source = folder / f"step_{step:08d}"
     identity.check(json.loads((source / MANIFEST).read_text(encoding="utf-8")), source)
-    state = _state(model, optimizer, extra)
+    state = _state(model, optimizers, extra)
     load(state, storage_reader=FileSystemReader(source), no_dist=not dist.is_initialized())
     set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        model, list(optimizers), model_state_dict=state["model"], optim_state_dict=state["optimizer"]
     )  # `extra` was loaded in place
     return step
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor]) -> dict[str, Any]:
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+def _state(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], extra: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    model_state, optimizer_state = get_state_dict(model, list(optimizers))
     return {"model": model_state, "optimizer": optimizer_state, "extra": dict(extra)}
 
 

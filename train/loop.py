@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from train.batches import Rows, batch_indices, worker_share
 from train.checkpoint import TrainingIdentity, restore_latest, save_checkpoint
 from train.files import write_text
 from train.losses import Term
-from train.optim import OptimConfig, build_optimizer, learning_rate, set_learning_rate
+from train.optim import OptimConfig, build_optimizers, learning_rate, set_learning_rate
 from train.parallelize import barrier, num_workers, rank, reduce_step, share_batch_norm
 from train.progress import ProgressLog, read_losses
 
@@ -171,21 +171,21 @@ def run_loop(objective: Objective, identity: TrainingIdentity, storage: Path, re
         torch.manual_seed(_mixed(config.seed, 0))
         model = objective.build_model().to(device).train()
         share_batch_norm(model)
-        optimizer = build_optimizer(model, config.optim)
+        optimizers = build_optimizers(model, config.optim)
         state = objective.initial_state(model)
-        first = restore_latest(folder.checkpoints, model, optimizer, state, identity)
+        first = restore_latest(folder.checkpoints, model, optimizers, state, identity)
         if first == 0:
             objective.start(model, device)
         log = ProgressLog(folder.progress, config.steps, first) if rank() == 0 else None
         began = time.monotonic()
         for step in range(first, config.steps):
-            figures = _train_step(objective, model, optimizer, step, device, state)
+            figures = _train_step(objective, model, optimizers, step, device, state)
             done = step + 1
             if log is not None and (done % config.execution.log_every == 0 or done == config.steps):
                 log.write(done, figures, time.monotonic() - began)
             if done % config.execution.checkpoint_every == 0 and done < config.steps:
                 keep_last = config.execution.keep_last
-                save_checkpoint(folder.checkpoints, done, model, optimizer, state, identity, keep_last=keep_last)
+                save_checkpoint(folder.checkpoints, done, model, optimizers, state, identity, keep_last=keep_last)
                 if report is not None:
                     report({"step": done, **figures})
         if rank() == 0:
@@ -204,7 +204,7 @@ def use_exact_arithmetic(num_threads: int) -> None:
 def _train_step(
     objective: Objective,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     step: int,
     device: torch.device,
     state: dict[str, Tensor],
@@ -214,7 +214,7 @@ def _train_step(
     rows = worker_share(
         batch_indices(config.seed, step, config.batch_size, objective.num_rows()), rank(), num_workers()
     )
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     terms = objective.loss(model, rows, step, device, state)
     terms["loss"].total.backward()
     figures = reduce_step(model, terms)
@@ -225,8 +225,9 @@ def _train_step(
             f"step {step}: found the loss {figures['loss']} and the gradient norm {norm}, expected finite numbers; "
             f"lower optim.learning_rate (now {config.optim.learning_rate}) or raise optim.warmup_steps"
         )
-    set_learning_rate(optimizer, rate)
-    optimizer.step()
+    set_learning_rate(optimizers, rate)
+    for optimizer in optimizers:
+        optimizer.step()
     objective.finish_step(model, step, device, state)
     return {**figures, "grad_norm": norm, "learning_rate": rate}
 

@@ -55,6 +55,12 @@ def sum_over_workers(values: Tensor) -> Tensor:
     return values
 
 
+def copy_from_first(values: Tensor) -> None:
+    """Overwrite a tensor with rank 0's, so that what rounding decides is decided once."""
+    if num_workers() > 1:
+        dist.broadcast(values, src=0)
+
+
 def barrier() -> None:
     """Wait for all workers."""
     if num_workers() > 1:

@@ -20,12 +20,13 @@ from model.vision_tokenizer.pixels import pixels_from_rgb
 from model.vision_tokenizer.tokenizer import VisionTokenizer
 from model.weights import save_vision_tokenizer
 from schemas.errors import ConfigError
+from schemas.recipe import later_option
 from train.batches import FRAMES_PER_CHUNK, FrameData, FrameFile, Frames, Rows, batch_indices, open_frames
 from train.launch import run_training, training_identity
 from train.loop import TrainingConfig
 from train.losses import Term, vision_tokenizer_loss
 from train.optim import OptimConfig
-from train.parallelize import sum_over_workers
+from train.parallelize import copy_from_first, sum_over_workers
 from train.progress import OnProgress, TrainingResult
 
 OBJECTIVE = "vision_tokenizer"
@@ -46,6 +47,8 @@ class TokenizerTrainingConfig(TrainingConfig):
     commitment_weight: float = Field(default=1.0, gt=0)
     crop_px: int | None = Field(default=None, ge=8, multiple_of=8)
     """Side of a square cut from each chunk anew at each step; None trains on whole chunks."""
+    free_steps: int = later_option(0)
+    """Steps at the start without a codebook, which then is placed on latents that already tell things apart."""
     latent_batch: int = Field(default=32, ge=1)
     """Chunks whose latents the codebook, and later its unused codes, are placed on."""
     reset_every: int = Field(default=50, ge=1)
@@ -57,6 +60,8 @@ class TokenizerTrainingConfig(TrainingConfig):
     def _check_model(self) -> Self:
         if self.size not in VISION_TOKENIZER_SIZES:
             raise ValueError(f"found the size {self.size!r}, expected one of {', '.join(VISION_TOKENIZER_SIZES)}")
+        if not 0 <= self.free_steps < self.steps:
+            raise ValueError(f"found free_steps {self.free_steps}, expected 0 to less than the {self.steps} steps")
         self.tokenizer_config()
         return self
 
@@ -96,38 +101,49 @@ class TokenizerObjective:
         return {CODE_USES: torch.zeros(model.config.codebook_size, dtype=torch.int64)}
 
     def start(self, model: nn.Module, device: torch.device) -> None:
-        """Place the codebook on latents of the data."""
+        """Place the codebook on latents of the data, unless there are steps without it first."""
         assert isinstance(model, VisionTokenizer)
-        with torch.no_grad():
-            latents_BCthw = model.latents(self._pixels(self._latent_rows(0), 0, device))
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm3d):
-                module.reset_running_stats()  # they belong to the steps
-        model.quantize.init_codebook_from_latents(latents_BCthw, torch.Generator().manual_seed(self.config.seed))
+        if self.config.free_steps == 0:
+            with torch.no_grad():
+                latents_BCthw = model.latents(self._pixels(self._latent_rows(0), 0, device))
+            for module in model.modules():
+                if isinstance(module, nn.BatchNorm3d):
+                    module.reset_running_stats()  # they belong to the steps
+            self._place_codebook(model, latents_BCthw, 0)
 
     def loss(
         self, model: nn.Module, rows: Rows, step: int, device: torch.device, state: dict[str, Tensor]
     ) -> dict[str, Term]:
         """Chunks -> `loss`, and its `pixels` (squared error in [-1, 1]) and `commitment` parts."""
         pixels_BTCHW = self._pixels(rows, step, device)
-        output = model(pixels_BTCHW)
+        output = model(pixels_BTCHW, quantize=step >= self.config.free_steps)
         uses_K = torch.bincount(output.codes_BThw.flatten().cpu(), minlength=len(state[CODE_USES]))
         state[CODE_USES] += sum_over_workers(uses_K)
         return vision_tokenizer_loss(output, pixels_BTCHW, self.config.codebook_weight, self.config.commitment_weight)
 
     def finish_step(self, model: nn.Module, step: int, device: torch.device, state: dict[str, Tensor]) -> None:
-        """Every `reset_every` steps, move codes that nothing chose onto latents of the data."""
+        """After the last free step, place the codebook; later, every `reset_every` steps, move codes that nothing chose."""
         assert isinstance(model, VisionTokenizer)
-        done = step + 1
-        if done % self.config.reset_every or done > self.config.reset_until_ratio * self.config.steps:
+        done, free = step + 1, self.config.free_steps
+        is_first = free > 0 and done == free
+        late = done > self.config.reset_until_ratio * self.config.steps
+        if not is_first and (done < free or done % self.config.reset_every or late):
             return
         with torch.no_grad():
             model.eval()  # the running statistics belong to the steps
             latents_BCthw = model.latents(self._pixels(self._latent_rows(done), done, device))
             model.train()
-        generator = torch.Generator().manual_seed(self.config.seed + done)
-        model.quantize.reset_dead_codes(state[CODE_USES], latents_BCthw, generator)
+        if is_first:
+            self._place_codebook(model, latents_BCthw, done)
+        else:
+            generator = torch.Generator().manual_seed(self.config.seed + done)
+            model.quantize.reset_dead_codes(state[CODE_USES], latents_BCthw, generator)
+            copy_from_first(model.quantize.embedding.weight.data)
         state[CODE_USES].zero_()
+
+    def _place_codebook(self, model: VisionTokenizer, latents_BCthw: Tensor, done: int) -> None:
+        model.quantize.init_codebook_from_latents(latents_BCthw, torch.Generator().manual_seed(self.config.seed + done))
+        copy_from_first(model.quantize.embedding.weight.data)
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Weights as a folder."""

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 DISTANCES_PER_CHUNK = 1 << 24  # 64 MiB of float32 distances at a time, whatever the image's size
+SPREAD_ROUNDS = 64
+SPREAD_LATENTS = 1 << 16
 
 
 class Quantizer(nn.Module):
@@ -42,35 +44,68 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def init_codebook_from_latents(self, latents_BCthw: Tensor, generator: torch.Generator) -> None:
-        """Place the codebook on real latents, so that a network trained from scratch uses all of it from the start.
+        """Place the codebook on real latents, far from one another, so that a network trained from scratch uses all of it.
 
         The published initialisation, uniform in +-1/K, puts every code at one point as seen from random latents, and
-        training then keeps to a handful of them. Where there are fewer latents than codes, the copies get a little
-        noise. `generator` is a CPU generator: the outcome depends on the seed and the latents alone.
+        training then keeps to a handful of them. Latents drawn evenly are nearly all of whatever is common, so that what is
+        rare shares a code with something else, often to the end. `generator` is a CPU generator: the outcome depends on
+        the seed and the latents alone.
         """
-        picks_KC = self._pick(latents_BCthw, len(self.embedding.weight), generator)
-        self.embedding.weight.copy_(picks_KC)
+        weight_KC = self.embedding.weight
+        weight_KC.copy_(
+            _spread(latents_BCthw.movedim(1, -1).flatten(0, 3).to(weight_KC), None, len(weight_KC), generator)
+        )
 
     @torch.no_grad()
     def reset_dead_codes(
         self, uses_K: Tensor, latents_BCthw: Tensor, generator: torch.Generator, *, min_uses: int = 1
     ) -> int:
-        """Move every code used fewer than `min_uses` times onto a latent; the number moved.
+        """Move every code used fewer than `min_uses` times onto a latent far from the codes in use; the number moved.
 
         `uses_K` counts how often each code was chosen since the last reset, `latents_BCthw` is a recent batch.
         """
-        dead = (uses_K < min_uses).nonzero().squeeze(1).to(self.embedding.weight.device)
-        if len(dead):
-            self.embedding.weight[dead] = self._pick(latents_BCthw, len(dead), generator)
-        return len(dead)
+        weight_KC = self.embedding.weight
+        is_dead_K = (uses_K < min_uses).to(weight_KC.device)
+        count = int(is_dead_K.sum())
+        if count:
+            latents_NC = latents_BCthw.movedim(1, -1).flatten(0, 3).to(weight_KC)
+            weight_KC[is_dead_K] = _spread(latents_NC, weight_KC[~is_dead_K], count, generator)
+        return count
 
-    def _pick(self, latents_BCthw: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        latents_NC = latents_BCthw.movedim(1, -1).flatten(0, 3).to(self.embedding.weight)
-        order = torch.randperm(len(latents_NC), generator=generator)
-        order = order.repeat(-(-count // len(order)))[:count].to(latents_NC.device)
-        spread = latents_NC.std(dim=0, correction=0).clamp_min(1e-6)
-        noise = torch.randn(count, latents_NC.shape[1], generator=generator).to(latents_NC)
-        return latents_NC[order] + 0.01 * spread * noise
+
+def _spread(latents_NC: Tensor, taken_MC: Tensor | None, count: int, generator: torch.Generator) -> Tensor:
+    """`count` of the latents far from one another and from what is taken, with a little noise so that none are twins.
+
+    k-means++ (Arthur and Vassilvitskii 2007): each is drawn by its squared distance to the nearest one already there. Many
+    codes are drawn some at a time, which is nearly the same and takes at most `SPREAD_ROUNDS` passes.
+    """
+    order = torch.randperm(len(latents_NC), generator=generator)[:SPREAD_LATENTS].to(latents_NC.device)
+    latents_NC = latents_NC[order]
+    spread_C = latents_NC.std(dim=0, correction=0).clamp_min(1e-6)
+    picked: list[Tensor] = []
+    if taken_MC is None or not len(taken_MC):
+        taken_MC = latents_NC[:1]  # the order is random
+        picked.append(taken_MC)
+    nearest_N = _square_to_nearest(latents_NC, taken_MC)
+    left = count - len(picked)
+    per_round = -(-left // SPREAD_ROUNDS)
+    while left:
+        # A latent that equals a taken one is drawn only when there is no other.
+        chances_N = nearest_N.double().cpu() + 1e-12 * float(spread_C.square().sum())
+        num_drawn = min(left, per_round)
+        again = num_drawn > len(chances_N)
+        drawn = torch.multinomial(chances_N, num_drawn, replacement=again, generator=generator)
+        new_KC = latents_NC[drawn.to(latents_NC.device)]
+        picked.append(new_KC)
+        nearest_N = torch.minimum(nearest_N, _square_to_nearest(latents_NC, new_KC))
+        left -= len(drawn)
+    noise = torch.randn(count, latents_NC.shape[1], generator=generator).to(latents_NC)
+    return torch.cat(picked) + 0.01 * spread_C * noise
+
+
+def _square_to_nearest(latents_NC: Tensor, codes_KC: Tensor) -> Tensor:
+    """Latents and codes -> squared distance of each latent to the nearest code."""
+    return (latents_NC - codes_KC[nearest_codes(latents_NC, codes_KC)]).square().sum(dim=1)
 
 
 @torch.no_grad()

@@ -134,16 +134,20 @@ class VisionTokenizer(nn.Module):
         latents_BCthw: Tensor = self.quant_conv(self.encoder(pixels_BTCHW, repeats))
         return latents_BCthw
 
-    def forward(self, pixels_BTCHW: Tensor) -> TokenizerOutput:
+    def forward(self, pixels_BTCHW: Tensor, quantize: bool = True) -> TokenizerOutput:
         """The same as `forward_train`, so that wrappers that hook `forward` see the training pass."""
-        return self.forward_train(pixels_BTCHW)
+        return self.forward_train(pixels_BTCHW, quantize)
 
-    def forward_train(self, pixels_BTCHW: Tensor) -> TokenizerOutput:
+    def forward_train(self, pixels_BTCHW: Tensor, quantize: bool = True) -> TokenizerOutput:
         """Pixels in [-1, 1] -> reconstruction, losses and codes; gradients pass the codebook straight through.
 
-        An image (B, C, H, W) is repeated to four frames, and all four are reconstructed.
+        An image (B, C, H, W) is repeated to four frames, and all four are reconstructed. Without `quantize` the decoder sees
+        the latents themselves, and both losses are zero: an autoencoder, as a start.
         """
-        vectors_BCthw, codes_Bthw, codebook_loss, commitment_loss = self.quantize.quantize(self.latents(pixels_BTCHW))
+        latents_BCthw = self.latents(pixels_BTCHW)
+        vectors_BCthw, codes_Bthw, codebook_loss, commitment_loss = self.quantize.quantize(latents_BCthw)
+        if not quantize:
+            vectors_BCthw, codebook_loss, commitment_loss = latents_BCthw, 0 * codebook_loss, 0 * commitment_loss
         reconstruction_BTCHW = self.decoder(self.post_quant_conv(vectors_BCthw), vectors_BCthw)
         return TokenizerOutput(reconstruction_BTCHW, codebook_loss, commitment_loss, codes_Bthw)
 

@@ -1,5 +1,6 @@
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,22 +9,23 @@ from torch import Tensor, nn
 
 from schemas.errors import ConfigError
 from train.checkpoint import TrainingIdentity, latest, restore_latest, save_checkpoint
-from train.optim import OptimConfig, build_optimizer
+from train.optim import OptimConfig, build_optimizers
 
 IDENTITY = TrainingIdentity("pretrain", "options", "data", "sha")
 
 
-def _network(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _network(seed: int) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
-    return model, build_optimizer(model, OptimConfig(learning_rate=0.1))
+    return model, build_optimizers(model, OptimConfig(learning_rate=0.1))
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+def _step(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], seed: int) -> None:
     inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(seed))
-    optimizer.zero_grad()
+    model.zero_grad()
     model(inputs).square().sum().backward()
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 def _save(folder: Path, step: int, keep_last: int = 2) -> Path:

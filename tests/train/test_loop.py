@@ -55,11 +55,14 @@ def _run(objective: Objective, storage: Path) -> dict[str, Tensor]:
 def _objectives(folder: Path) -> dict[str, Objective]:
     return {
         "pretrain": PretrainObjective(pretrain_config(model={"dropout": 0.2}), sequence_data(folder)),
-        "vision_tokenizer": TokenizerObjective(tokenizer_config(), frame_data(folder)),
+        "muon": PretrainObjective(
+            pretrain_config(optim={"learning_rate": 0.01, "matrices": "muon"}), sequence_data(folder)
+        ),
+        "vision_tokenizer": TokenizerObjective(tokenizer_config(free_steps=2), frame_data(folder)),
     }
 
 
-@pytest.mark.parametrize("name", ["pretrain", "vision_tokenizer"])
+@pytest.mark.parametrize("name", ["pretrain", "muon", "vision_tokenizer"])
 @pytest.mark.parametrize("after", [2, 7])  # before and after the first checkpoints, which are at 3 and 6
 def test_an_interrupted_training_ends_with_the_same_bits(tmp_path: Path, name: str, after: int) -> None:
     objective = _objectives(tmp_path)[name]

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from train.optim import OptimConfig, build_optimizer, learning_rate, set_learning_rate
+from model.transformer import TRANSFORMER_SIZES, Transformer, TransformerConfig
+from schemas.errors import ConfigError
+from train.optim import OptimConfig, build_optimizers, learning_rate, set_learning_rate
 
 
 def test_warms_up_then_falls_to_zero_like_torchs_schedules() -> None:
@@ -26,7 +28,8 @@ def test_the_last_step_still_learns() -> None:
 
 def test_matrices_decay_and_norms_do_not() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Conv2d(4, 4, 3))
-    decaying, fixed = build_optimizer(model, OptimConfig(weight_decay=0.3)).param_groups
+    (optimizer,) = build_optimizers(model, OptimConfig(weight_decay=0.3))
+    decaying, fixed = optimizer.param_groups
     assert decaying["weight_decay"] == 0.3
     assert fixed["weight_decay"] == 0.0
     assert [tuple(p.shape) for p in decaying["params"]] == [(4, 3), (4, 4, 3, 3)]
@@ -38,9 +41,54 @@ def test_an_update_is_adamws() -> None:
     weight = nn.Parameter(torch.full((1, 1), 2.0))
     model = nn.Module()
     model.weight = weight
-    optimizer = build_optimizer(model, config)
-    set_learning_rate(optimizer, 0.25)
+    optimizers = build_optimizers(model, config)
+    set_learning_rate(optimizers, 0.25)
     weight.grad = torch.full((1, 1), -3.0)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     expected = 2.0 * (1 - 0.25 * 0.1) + 0.25 * 3.0 / (math.sqrt(9.0) + 1e-8)
     assert weight.item() == pytest.approx(expected, rel=1e-6)
+
+
+def small_transformer() -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig.model_validate({**TRANSFORMER_SIZES["tiny"].model_dump(), "vocab_size": 99}))
+    model.init_weights(0)
+    return model
+
+
+def test_muon_takes_the_matrices_inside_layers_and_nothing_else() -> None:
+    model = small_transformer()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    adamw, muon = build_optimizers(model, OptimConfig(matrices="muon"))
+    taken = [names[id(p)] for group in muon.param_groups for p in group["params"]]
+    left = [names[id(p)] for group in adamw.param_groups for p in group["params"]]
+    assert sorted(taken + left) == sorted(names.values())
+    layers = len(model.model.layers)
+    assert len(taken) == 7 * layers  # four projections of attention, three of the feed-forward
+    assert all(".layers." in name and name.endswith("_proj.weight") for name in taken)
+
+
+def test_an_update_by_muon_has_equal_singular_values_and_the_size_of_adamws() -> None:
+    model = small_transformer()
+    optimizers = build_optimizers(model, OptimConfig(learning_rate=0.01, weight_decay=0.0, matrices="muon"))
+    weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    before = weight.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+    step = weight.detach() - before
+    values = torch.linalg.svdvals(step)
+    assert float(values.max() / values.min()) < 3  # five rounds of Newton-Schulz leave them between 0.5 and 1.5
+    assert float(step.square().mean().sqrt()) == pytest.approx(0.2 * 0.01, rel=0.3)  # AdamW's usual root mean square
+
+
+def test_muon_without_a_stack_of_layers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no linear layer"):
+        build_optimizers(nn.Sequential(nn.Linear(3, 4)), OptimConfig(matrices="muon"))
+
+
+def test_a_later_option_leaves_old_recipes_their_ids() -> None:
+    assert "matrices" not in OptimConfig().model_dump()
+    assert OptimConfig(matrices="muon").model_dump()["matrices"] == "muon"

@@ -85,3 +85,28 @@ def test_wrong_models_are_refused() -> None:
         tokenizer_config(size="huge")
     with pytest.raises(ValidationError, match="ch_multiplier"):
         tokenizer_config(model={"ch_multiplier": [1, 2]})
+
+
+def test_free_steps_pass_latents_and_place_the_codebook_at_their_end(tmp_path: Path) -> None:
+    objective = TokenizerObjective(tokenizer_config(free_steps=2, reset_every=100), frame_data(tmp_path))
+    model, state = _started(objective)
+    fresh = model.quantize.embedding.weight.detach().clone()
+    free = objective.loss(model, np.arange(4), 0, CPU, state)
+    assert float(free["commitment"].total) == 0
+    assert float(free["loss"].mean) == pytest.approx(float(free["pixels"].mean))
+    free["loss"].total.backward()
+    assert not model.quantize.embedding.weight.grad.any()
+    assert all(
+        p.grad is not None and p.grad.any() for p in (model.encoder.conv_in.weight, model.decoder.conv_out.weight)
+    )
+    objective.finish_step(model, 0, CPU, state)
+    assert torch.equal(model.quantize.embedding.weight, fresh)
+    objective.finish_step(model, 1, CPU, state)
+    assert not torch.equal(model.quantize.embedding.weight, fresh)
+    assert int(state[CODE_USES].sum()) == 0
+    assert float(objective.loss(model, np.arange(4), 2, CPU, state)["commitment"].total) > 0
+
+
+def test_more_free_steps_than_steps_are_refused() -> None:
+    with pytest.raises(ValidationError, match="free_steps 8"):
+        tokenizer_config(free_steps=8, steps=8)

@@ -51,3 +51,27 @@ def test_only_dead_codes_move() -> None:
     kept = [0, 2, 5, 6, 7]
     assert torch.equal(quantize.embedding.weight[kept], before[kept])
     torch.testing.assert_close(quantize.embedding.weight[[1, 3, 4]].detach(), torch.full((3, 4), 7.0))
+
+
+def test_what_is_rare_gets_a_code_of_its_own() -> None:
+    """Four colours on a ground that is 97 % of all latents: drawn evenly, a codebook of 16 misses some nearly always."""
+    generator = torch.Generator().manual_seed(3)
+    points = torch.eye(5)[:, :4] * 10  # the fifth is the ground, at zero
+    which = torch.multinomial(torch.tensor([0.0075] * 4 + [0.97]), 2048, replacement=True, generator=generator)
+    latents = (points[which] + 0.05 * torch.randn(2048, 4, generator=generator)).T.reshape(1, 4, 1, 32, 64)
+    for seed in range(20):
+        quantize = Quantizer(16, 4)
+        quantize.init_codebook_from_latents(latents, torch.Generator().manual_seed(seed))
+        gap = torch.cdist(points, quantize.embedding.weight).min(dim=1).values
+        assert float(gap.max()) < 1, seed
+
+
+def test_dead_codes_move_to_where_no_code_is() -> None:
+    quantize = Quantizer(4, 2)
+    with torch.no_grad():
+        quantize.embedding.weight.copy_(torch.tensor([[0.0, 0.0], [10.0, 0.0], [99.0, 99.0], [98.0, 98.0]]))
+    corners = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
+    latents = corners.repeat_interleave(torch.tensor([500, 500, 3, 3]), 0).T.reshape(1, 2, 1, 2, 503)
+    quantize.reset_dead_codes(torch.tensor([9, 9, 0, 0]), latents, torch.Generator().manual_seed(0))
+    gap = torch.cdist(corners, quantize.embedding.weight).min(dim=1).values
+    assert float(gap.max()) < 1
