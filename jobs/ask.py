@@ -1,5 +1,6 @@
 """Ask: what a language model says about clips, or to a plain question; each answer a row."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from schemas.chat import chat_prompt
 from schemas.document import DocumentError, Tokens, VisionBlock, VisionDocument, write_document
 from schemas.errors import ConfigError
 from schemas.recipe import Config, canonical_json, short_hash
+
+COMMIT_SECONDS = 10.0
 
 
 class AskRecipe(Config):
@@ -63,11 +66,13 @@ def ask(lake: Lake, questions: Sequence[Question], checkpoint: str, recipe: AskR
     if todo:
         inputs = {"checkpoint": models.checkpoint["checkpoint_id"], "questions": len(questions), "todo": len(todo)}
         with recorded(lake, "ask", recipe, inputs) as run, progress("ask") as advance:
+            pending: list[dict[str, Any]] = []
+            committed_s = time.monotonic()
             for start in range(0, len(todo), recipe.batch_size):
                 part = todo[start : start + recipe.batch_size]
                 seeds = [questions[index].seed for index in part]
                 answers = generate_text(models.lm, [prompts[index] for index in part], recipe.answer, seeds=seeds)
-                rows = [
+                pending += [
                     {
                         "answer_id": ids[index],
                         "question": questions[index].text,
@@ -82,8 +87,11 @@ def ask(lake: Lake, questions: Sequence[Question], checkpoint: str, recipe: AskR
                     }
                     for index, answer in zip(part, answers, strict=True)
                 ]
-                lake.append(ANSWERS, rows, run.run_id)
-                found |= {row["answer_id"]: row for row in rows}
+                # A commit writes files of its own: one for each few answers would leave thousands.
+                if time.monotonic() - committed_s >= COMMIT_SECONDS or start + len(part) == len(todo):
+                    lake.append(ANSWERS, pending, run.run_id)
+                    found |= {row["answer_id"]: row for row in pending}
+                    pending, committed_s = [], time.monotonic()
                 advance(start + len(part), len(todo), "")
             run.outcome["answers"] = len(todo)
     return [

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from jobs.models import Models, clip_blocks, first_of_each, load_models
 from jobs.progress import progress
@@ -64,6 +64,14 @@ class GenerateRecipe(Config):
     """vLLM draws the exported checkpoint. Its seeds give other drawings; it guesses nothing ahead and has no windows."""
     vllm: VllmEngineConfig = VllmEngineConfig()
 
+    @model_validator(mode="after")
+    def _check_engine(self) -> Self:
+        ours = ("lookahead", "compiled", "window_t", "keep_t")
+        changed = [name for name in ours if getattr(self, name) != type(self).model_fields[name].default]
+        if self.engine == "vllm" and changed:
+            raise ValueError(f"found {', '.join(changed)} with engine 'vllm', which has none of it: leave it out")
+        return self
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -97,6 +105,10 @@ def generate(
 
     Raises: ConfigError for an unknown checkpoint or clip, or a size the model has no room for.
     """
+    if preview is not None and recipe.engine == "vllm":
+        raise ConfigError(
+            "found a folder for previews with engine 'vllm', which shows nothing before the end: leave it out"
+        )
     models = load_models(lake, checkpoint)
     try:
         for ask in asks:  # before ids are made of them

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from schemas.errors import ConfigError
 from schemas.recipe import Config, later_option
@@ -45,7 +45,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
     Raises: ConfigError if Muon is asked for and the model has no such matrix.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices: list[nn.Parameter] = []
+    matrices: list[Tensor] = []
     if config.matrices == "muon":
         matrices = [weight for weight in _inner_matrices(model) if weight.requires_grad]
         if not matrices:
@@ -66,7 +66,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
     return [adamw, muon]
 
 
-def _inner_matrices(model: nn.Module) -> list[nn.Parameter]:
+def _inner_matrices(model: nn.Module) -> list[Tensor]:
     return [
         module.weight
         for name, module in model.named_modules()

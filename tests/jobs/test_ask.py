@@ -11,6 +11,7 @@ from schemas.catalog import Lake
 from schemas.chat import chat_prompt
 from schemas.document import VisionBlock, VisionDocument, write_document
 from schemas.errors import ConfigError
+from schemas.table import Table
 from schemas.vision_tokens import VISION_TOKENS
 from tests.jobs.small_models import make_lake
 
@@ -83,3 +84,24 @@ def test_what_cannot_be_asked_is_said(lake: Lake) -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             ask(lake, [question], "latest", RECIPE)
+
+
+@pytest.mark.parametrize(("seconds", "num_commits"), [(0.0, 3), (1000.0, 1)])
+def test_answers_are_kept_from_time_to_time(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch, seconds: float, num_commits: int
+) -> None:
+    monkeypatch.setattr(module, "COMMIT_SECONDS", seconds)
+    before = lake.read(ANSWERS)["answer_id"].to_pylist()
+    kept: list[int] = []
+    append = Lake.append
+
+    def note(self: Lake, table: Table, rows: list[dict[str, object]], run_id: str) -> int:
+        if table is ANSWERS:
+            kept.append(len(rows))
+        return append(self, table, rows, run_id)
+
+    monkeypatch.setattr(Lake, "append", note)
+    replies = ask(lake, [Question(f"Now {seconds} {number}?") for number in range(6)], "latest", RECIPE)
+    assert (len(kept), sum(kept)) == (num_commits, 6)
+    stored = set(lake.read(ANSWERS)["answer_id"].to_pylist())
+    assert stored == {*before, *(reply.answer_id for reply in replies)}

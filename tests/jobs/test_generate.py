@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from jobs import generate as module
 from jobs.generate import Ask, GenerateRecipe, generate
@@ -143,3 +144,15 @@ def test_what_cannot_be_drawn_is_said(lake: Lake) -> None:
             generate(lake, [asked], "latest", RECIPE)
     with pytest.raises(ConfigError, match="names 0 pretrain checkpoints"):
         generate(lake, [Ask("x", "image", 0)], "nobody", RECIPE)
+
+
+@pytest.mark.parametrize("option", [{"lookahead": 2}, {"compiled": True}, {"window_t": 4}, {"keep_t": 3}])
+def test_vllm_refuses_what_it_does_not_have(option: dict[str, Any]) -> None:
+    GenerateRecipe.model_validate({"engine": "vllm"})
+    with pytest.raises(ValidationError, match=f"found {next(iter(option))} with engine 'vllm'"):
+        GenerateRecipe.model_validate({"engine": "vllm", **option})
+
+
+def test_vllm_shows_no_previews(lake: Lake, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="previews"):
+        generate(lake, [Ask("a cat", "image", 1)], "latest", GenerateRecipe(engine="vllm"), preview=tmp_path)

@@ -12,7 +12,7 @@ from PIL import ImageDraw, ImageFont
 from pipeline.decode import open_video
 from pipeline.read_image import read_image
 from pipeline.samples import Image, shrunk, shrunk_size
-from pipeline.score_text import TextConfig, TextScorer, block_means, model_path, summarise
+from pipeline.score_text import TextConfig, TextScorer, block_means, model_path, most_edges, summarise
 from schemas.errors import ConfigError
 from tests.pipeline.made_media import shared_media, texture
 
@@ -139,3 +139,32 @@ def test_real_pages_of_text(scorer: TextScorer, file: str) -> None:
 @pytest.mark.parametrize("file", ["mdn_larch.jpg", "wall_Ashim_DSilva.jpg", "ski_coins.png", "red_panda_10mp.jpg"])
 def test_real_photographs(scorer: TextScorer, file: str) -> None:
     assert scorer.coverage(sample(read_image(shared_media() / "image" / file).bgr)) < 0.02
+
+
+@pytest.mark.parametrize("size_px", [9, 14, 24, 60])
+@pytest.mark.parametrize("word", ["ill", "sea", "The"])
+@pytest.mark.parametrize(
+    ("ground", "ink"), [((0, 0, 0), (255, 255, 255)), ((90, 90, 90), (120, 120, 120)), ((200, 60, 60), (20, 120, 140))]
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_shortest_words_have_edges_enough(
+    size_px: int, word: str, ground: tuple[int, int, int], ink: tuple[int, int, int], turned: bool
+) -> None:
+    canvas = Pillow.new("RGB", (400, 256), ground)
+    ImageDraw.Draw(canvas).text((40, 60), word, font=ImageFont.load_default(size_px), fill=ink)
+    image = np.asarray(canvas)
+    assert most_edges(np.rot90(image) if turned else image) >= TextConfig().edges_min
+
+
+def test_plain_pictures_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(*_: object) -> None:
+        raise AssertionError("the detector ran")
+
+    monkeypatch.setattr("pipeline.score_text._run", look)
+    scorer = TextScorer(TextConfig())
+    disc = cv2.circle(np.full((256, 256, 3), 50, np.uint8), (120, 130), 60, (60, 70, 250), -1, cv2.LINE_AA)
+    noisy = np.clip(disc + np.random.default_rng(0).normal(0, 2, disc.shape), 0, 255).astype(np.uint8)
+    for image in (disc, noisy, np.zeros((1, 1, 3), np.uint8), np.zeros((2, 500, 3), np.uint8)):
+        assert scorer.coverage(image) == 0.0
+    with pytest.raises(AssertionError, match="the detector ran"):
+        TextScorer(TextConfig(edges_min=0)).coverage(disc)
