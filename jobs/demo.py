@@ -6,15 +6,18 @@ tables as if it had not been.
 
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from jobs.ask import AskRecipe, ask
 from jobs.caption import caption
 from jobs.curate import curate, load_curate_recipe, print_curate
-from jobs.demo_corpus import CorpusConfig, load_truth, make_corpus
+from jobs.demo_corpus import CONVERSATIONS, CorpusConfig, load_truth, make_corpus
 from jobs.demo_report import DemoFigures, Road, measure, write_demo_report
-from jobs.generate import Ask, GenerateRecipe, Generation, generate
+from jobs.demo_unseen import continuations, questions, unseen_clips
+from jobs.generate import Ask, GenerateRecipe, generate
 from jobs.ingest import IngestConfig, ingest, print_ingest
 from jobs.pack import PackRecipe, pack_sets
 from jobs.progress import progress
@@ -22,21 +25,26 @@ from jobs.scan import scan
 from jobs.shapes import all_facts, write_caption
 from jobs.shipped import load_named
 from jobs.tokenize_clips import TokenizeRecipe, tokenize
-from jobs.train import TrainRecipe, TrainReport, load_training_recipe, train
+from jobs.train import TrainRecipe, load_training_recipe, train
 from pipeline.caption_clips import CaptionRecipe
 from pipeline.scan_medium import ScanConfig
 from schemas.catalog import Lake
 from schemas.errors import ConfigError
-from schemas.vision_tokens import VISION_TOKENS
 
 SET = "demo"
 MOVING = "moving"
+WORLD = "world"
+ALL = "all"
 RECIPE = "emu3"
 NUM_PROMPTS = 40
 NUM_VIDEOS = 8
-NUM_CONTINUED = 4
 SECTIONS = {"demo_captioner": "captioner", "demo_tokenizer": "vision_tokenizer", "demo_pretrain": "pretrain"}
+SMALLEST_PX = 190  # the unseen clips are smaller, so no set that is trained on holds them
+UNSEEN_PX = 160
 FIRST_SEED = 1_000_000  # far from every seed that the corpus was drawn with
+
+
+SMOKE: Mapping[str, tuple[str, ...]] = {"demo_captioner": (), "demo_tokenizer": ("free_steps=5",), "demo_pretrain": ()}
 
 
 @dataclass(frozen=True)
@@ -44,15 +52,16 @@ class DemoSize:
     """How much of everything: the corpus, and how long the trainings run."""
 
     corpus: CorpusConfig
-    overrides: tuple[str, ...]
+    overrides: Mapping[str, tuple[str, ...]]
 
 
 SIZES = {
-    "full": DemoSize(CorpusConfig(), ()),
+    "full": DemoSize(CorpusConfig(), {}),
     "smoke": DemoSize(
-        CorpusConfig(num_shape_images=24, num_shape_videos=8, num_named_clips=16, num_unnamed_clips=4, num_pans=1,
-                     num_zooms=1, num_cut_videos=1, num_fade_videos=1, pan_frames=60, num_texts=12),
-        ("steps=20",),
+        CorpusConfig(num_shape_images=24, num_shape_videos=8, num_named_clips=16, num_unnamed_clips=4,
+                     num_unseen_clips=4, num_pans=1, num_zooms=1, num_cut_videos=1, num_fade_videos=1, pan_frames=60,
+                     num_texts=12),
+        {name: ("steps=20", *more) for name, more in SMOKE.items()},
     ),
 }  # fmt: skip
 
@@ -80,6 +89,8 @@ def demo(folder: Path, seed: int, size: str) -> Path:
     print_curate(curate(lake, load_curate_recipe(RECIPE), SET), False)
     _say("caption", "what came with the media")
     curate(lake, load_curate_recipe("demo_moving"), MOVING)
+    for name, smallest_px in ((WORLD, SMALLEST_PX), (ALL, UNSEEN_PX)):
+        curate(lake, load_curate_recipe(RECIPE, [f"resolution.low={smallest_px}"]), name)
     provided = [caption(lake, name).num_new for name in (SET, MOVING)]
     _tell(f"{sum(provided)} captions" if any(provided) else None)
     _say("train", "a captioner, on the moving shapes that came with captions")
@@ -90,55 +101,52 @@ def demo(folder: Path, seed: int, size: str) -> Path:
     captioned = caption(lake, MOVING, recipe)
     _tell(f"{captioned.num_new} captions" if captioned.num_new else None)
     _say("train", "a vision tokenizer, by reconstruction")
-    tokenizer = train(lake, _training("demo_tokenizer", size), SET)
+    tokenizer = train(lake, _training("demo_tokenizer", size), WORLD)
     _tell(None if tokenizer.already_there else f"checkpoint {tokenizer.checkpoint_id} after {tokenizer.step} steps")
     _say("tokenize", "clips become codes")
-    tokens = tokenize(lake, SET, tokenizer.checkpoint_id, load_named(TokenizeRecipe, "demo_tokenize"))
+    how = load_named(TokenizeRecipe, "demo_tokenize")
+    tokens = tokenize(lake, ALL, tokenizer.checkpoint_id, how)
     _tell(f"{tokens.outcome.num_done} clips encoded" if tokens.outcome else None)
-    _say("pack", "documents become sequences")
-    packed = pack_sets(lake, [SET], load_named(PackRecipe, "demo_pack"), SET, tokens.tokenizer_id)
+    tokenizer_id = tokens.tokenizer_id
+    _say("pack", "documents become sequences, and so do questions and answers")
+    said = [truth.parent / CONVERSATIONS]
+    packed = pack_sets(lake, [WORLD], load_named(PackRecipe, "demo_pack"), SET, tokenizer_id, said)
     _tell(None if packed.already_there else f"{packed.num_sequences} sequences, {packed.fill_ratio:.1%} full")
     _say("train", "a language model, by next-token prediction")
     model = train(lake, _training("demo_pretrain", size), SET)
     _tell(None if model.already_there else f"checkpoint {model.checkpoint_id} after {model.step} steps")
-    _say("generate", "images, videos and continuations that were never seen")
-    drawn = _draw(lake, model, tokens.tokenizer_id)
+    _say("generate", "images and videos from words, and what unseen clips become")
+    drawn = generate(lake, _asks(), model.checkpoint_id, load_named(GenerateRecipe, "demo_generate"))
+    unseen = unseen_clips(lake, truth)
+    further = continuations(unseen, FIRST_SEED)
+    continued = generate(lake, further, model.checkpoint_id, load_named(GenerateRecipe, "demo_continue"))
+    _say("ask", "questions about unseen clips")
+    replies = ask(lake, questions(unseen), model.checkpoint_id, load_named(AskRecipe, "demo_ask"))
     report = folder / "report.html"
     _say("report", str(report))
     road = Road(
-        lake, truth, SET, RECIPE, captioner, captioned.captioner_id, tokenizer, model, tokens.tokenizer_id, drawn
-    )
+        lake, truth, SET, RECIPE, captioner, captioned.captioner_id, tokenizer, model, tokenizer_id, drawn, unseen,
+        continued, replies,
+    )  # fmt: skip
     figures = measure(road)
     write_demo_report(report, road, figures)
-    _print_figures(figures, len(drawn))
+    _print_figures(figures, len(drawn) + len(continued))
     print(f"done in {time.monotonic() - started:.0f} s: open {report}")
     print(f'next: OUTBACK_LAKE={lake.folder} outback sql "select kind, count(*) as clips from clips group by kind"')
     return report
 
 
 def _training(name: str, size: str) -> TrainRecipe:
-    overrides = []
-    for override in SIZES[size].overrides:
-        overrides.append(f"{SECTIONS[name]}.{override}")
-    return load_training_recipe(name, overrides)
+    """A shipped training recipe with the changes of a size."""
+    return load_training_recipe(name, [f"{SECTIONS[name]}.{change}" for change in SIZES[size].overrides.get(name, ())])
 
 
-def _draw(lake: Lake, model: TrainReport, tokenizer_id: str) -> list[Generation]:
-    """Forty images, some videos, and continuations of clips of the set, all from seeds nothing was trained with."""
-    recipe = load_named(GenerateRecipe, "demo_generate")
+def _asks() -> list[Ask]:
+    """Forty images and some videos, all from seeds nothing was trained with."""
     still, moving = all_facts(moving=False), all_facts(moving=True)
     asks = [_ask(write_caption(still[i % len(still)]), "image", i) for i in range(NUM_PROMPTS)]
     step = max(1, len(moving) // NUM_VIDEOS)
-    asks += [_ask(write_caption(facts), "video", i) for i, facts in enumerate(moving[::step][:NUM_VIDEOS])]
-    rows = lake.read(VISION_TOKENS, ["clip_id", "tokenizer_id", "kind", "t"]).sort_by("clip_id").to_pylist()
-    videos = [
-        r for r in rows if r["tokenizer_id"] == tokenizer_id and r["kind"] == "video" and r["t"] >= recipe.video_t
-    ]
-    asks += [
-        Ask("", "video", FIRST_SEED + i, row["clip_id"], recipe.video_t // 2)
-        for i, row in enumerate(videos[:NUM_CONTINUED])
-    ]
-    return generate(lake, asks, model.checkpoint_id, recipe)
+    return asks + [_ask(write_caption(facts), "video", i) for i, facts in enumerate(moving[::step][:NUM_VIDEOS])]
 
 
 def _ask(prompt: str, kind: Literal["image", "video"], index: int) -> Ask:
@@ -162,6 +170,13 @@ def _print_figures(figures: DemoFigures, num_drawn: int) -> None:
         f"of {images.num_judged} drawn images {images.colour:.1%} show the asked colour, {images.shape:.1%} the asked shape"
     )
     print(f"the judge on true renderings: {true.colour:.1%} colour, {true.shape:.1%} shape")
+    unseen = figures.unseen
+    print(
+        f"of {unseen.num_clips} unseen clips {unseen.continued.right:.1%} go on in their direction "
+        f"(by drawn frames alone {unseen.continued_alone.right:.1%})"
+    )
+    said = ", ".join(f"{share.right:.1%} for {fact}" for fact, share in unseen.answers.items())
+    print(f"right answers about them: {said}")
     print(f"with shuffled prompts: {images.shuffled_colour:.1%} colour, {images.shuffled_shape:.1%} shape")
 
 

@@ -1,7 +1,8 @@
 """A raw corpus made on the spot, with its ground truth: the demo walks the whole road on it, tests check against it.
 
 `shapes/` is the world to be learnt, with exact captions in one manifest, which leaves a hundred clips for a captioner to
-name; `photos/` are real photographs at rest, panned
+name, and questions with answers about what it names; a few smaller clips, whose shapes start where no other clip of their
+kind does, are for asking what was learnt. `photos/` are real photographs at rest, panned
 and cut together at known frames, with captions in sidecars; `defects/` is what curation must refuse, one file per
 reason; `texts/` is language data. `truth.json` says of every file offered what must become of it.
 
@@ -33,13 +34,16 @@ from jobs import shapes
 from schemas.errors import ConfigError
 from schemas.recipe import Config
 
-CORPUS_VERSION = 2  # raised when the same seed and options would give other bytes than before
+CORPUS_VERSION = 3  # raised when the same seed and options would give other bytes than before
 PHOTO_SIZE = (640, 512)
 PHOTO_FPS = 24
 ROOM = 1.3  # how much larger than the frame a photograph is scaled, so that the camera has room to move
 PAN_PX_PER_FRAME = 2.0
 CC0 = "CC0-1.0"
 OWN_LICENCE = "CC0-1.0"
+VIDEO_CRF = 20
+SMALL_CRF = 14  # small pictures show H.264's traces more
+PLACES_KEPT = 2  # of each kind of moving shape, for what nothing is trained on
 THRESHOLD_LUMA = 12  # PySceneDetect's ThresholdDetector cuts in the middle of the frames whose mean is below this
 
 # Bundled with scikit-image: file, caption, licence as scikit-image states it.
@@ -68,11 +72,13 @@ class CorpusConfig(Config):
     shape_size_px: int = Field(default=512, ge=64, multiple_of=2)
     shape_video_frames: int = Field(default=24, ge=2)
     shape_video_fps: int = Field(default=12, ge=1)
-    num_named_clips: int = Field(default=288, ge=0)
+    num_named_clips: int = Field(default=284, ge=0)
     num_unnamed_clips: int = Field(default=36, ge=0)
-    clip_size_px: int = Field(default=256, ge=64, lt=512, multiple_of=2)
-    clip_frames: int = Field(default=12, ge=2)
-    clip_fps: int = Field(default=24, ge=1)
+    clip_size_px: int = Field(default=192, ge=64, lt=512, multiple_of=2)
+    num_unseen_clips: int = Field(default=50, ge=0)
+    unseen_size_px: int = Field(default=168, ge=64, lt=512, multiple_of=2)
+    clip_frames: int = Field(default=16, ge=2)
+    clip_fps: int = Field(default=8, ge=1)
     num_pans: int = Field(default=4, ge=0)
     num_zooms: int = Field(default=2, ge=0)
     num_cut_videos: int = Field(default=3, ge=0)
@@ -134,6 +140,7 @@ class PlannedFile:
 
 
 SOURCES = ("shapes/manifest.jsonl", "photos", "defects", "texts")
+CONVERSATIONS = "shapes/conversations.json"
 
 
 def make_corpus(folder: Path, seed: int = 0, config: CorpusConfig | None = None) -> Path:
@@ -208,30 +215,29 @@ def _utf8(text: str) -> bytes:
 
 
 def _plan_shapes(seed: int, config: CorpusConfig) -> Iterator[PlannedFile]:
-    """Images with captions; videos without any; and clips too small for the curated set, which a captioner learns from."""
+    """Images with captions; videos without any; clips too small for the curated set, which a captioner learns from; and
+    smaller ones that nothing learns from.
+    """
     lines: list[dict[str, str]] = []
-    still, moving = shapes.all_facts(moving=False), shapes.all_facts(moving=True)
-    wanted = [("image", index, True) for index in range(config.num_shape_images)]
-    wanted += [("video", index, False) for index in range(config.num_shape_videos)]
+    said: list[dict[str, object]] = []
     drawn: set[shapes.ShapeScene] = set()
-    num_clips = config.num_named_clips + config.num_unnamed_clips
-    wanted += [("clip", index, index < config.num_named_clips) for index in range(num_clips)]
-    for group, index, is_named in wanted:
-        rng = np.random.default_rng([seed, ("image", "video", "clip").index(group), index])
-        facts = still[index % len(still)] if group == "image" else moving[index % len(moving)]
-        scene = shapes.make_scene(facts, seed=int(rng.integers(2**31)))
+    for group, index, facts, place in _wanted_shapes(seed, config):
+        rng = np.random.default_rng([seed, ("image", "video", "clip", "unseen").index(group), index])
+        scene = shapes.make_scene(facts, int(rng.integers(2**31)), place)
         while scene in drawn:  # two files of the same bytes are one medium
-            scene = shapes.make_scene(facts, seed=int(rng.integers(2**31)))
+            scene = shapes.make_scene(facts, int(rng.integers(2**31)), place)
         drawn.add(scene)
-        # One phrase for what a captioner learns from: so few clips leave it no chance to tell whim from meaning.
-        phrasing = 0 if group == "clip" else int(rng.choice(3, p=(0.6, 0.2, 0.2)))
-        caption = shapes.write_caption(facts, phrasing)
+        is_named = group == "image" or (group == "clip" and index < config.num_named_clips)
+        # One phrase: so few pictures leave a model no chance to tell whim from meaning.
+        caption = shapes.write_caption(facts)
         name = f"{group}_{index:04d}.{'png' if group == 'image' else 'mp4'}"
         line = {"path": name, "licence": OWN_LICENCE, "source": f"outback demo, seed {seed}"}
         lines.append({**line, "caption": caption} if is_named else line)
-        said = {"caption" if is_named else "shows": caption, "licence": OWN_LICENCE}
+        if is_named and (group == "clip" or index % 2 == 0):
+            said.append(_conversation(name, group, index, facts))
+        stated = {"caption" if is_named else "shows": caption, "licence": OWN_LICENCE}
         kind = "image" if group == "image" else "video"
-        truth = _truth(f"shapes/{name}", kind, "shape", **said)
+        truth = _truth(f"shapes/{name}", kind, "unseen shape" if group == "unseen" else "shape", **stated)
         if group == "image":
             yield PlannedFile(truth.path, partial(_shape_image, scene, config), truth)
         elif group == "video":
@@ -240,9 +246,53 @@ def _plan_shapes(seed: int, config: CorpusConfig) -> Iterator[PlannedFile]:
         else:
             fate = {"outcome": "rejected", "rule": "resolution", "num_frames": config.clip_frames}
             fate["fps"] = config.clip_fps
-            yield PlannedFile(truth.path, partial(_shape_clip, scene, config), truth.model_copy(update=fate))
+            size_px = config.clip_size_px if group == "clip" else config.unseen_size_px
+            yield PlannedFile(truth.path, partial(_shape_clip, scene, config, size_px), truth.model_copy(update=fate))
     manifest = "".join(json.dumps(line) + "\n" for line in lines).encode()
     yield PlannedFile("shapes/manifest.jsonl", lambda: manifest)
+    yield PlannedFile(CONVERSATIONS, lambda: json.dumps(said, indent=1).encode())
+
+
+def _wanted_shapes(
+    seed: int, config: CorpusConfig
+) -> Iterator[tuple[str, int, shapes.ShapeFacts, shapes.Place | None]]:
+    """Group, number in the group, facts, and for moving shapes the place that they start at.
+
+    The places of each kind of moving shape are shuffled and taken by turns, but for the last few: those are left to what
+    nothing is trained on. So what is unseen is a shape at a place where none like it was, not a scene in another tint.
+    """
+    still, moving = shapes.all_facts(moving=False), shapes.all_facts(moving=True)
+    for index in range(config.num_shape_images):
+        yield "image", index, still[index % len(still)], None
+    places = [
+        [found[at] for at in np.random.default_rng([seed, 0x91ACE, kind]).permutation(len(found))]
+        for kind, found in enumerate(shapes.all_places(facts) for facts in moving)
+    ]
+    shown = [("video", index) for index in range(config.num_shape_videos)]
+    shown += [("clip", index) for index in range(config.num_named_clips + config.num_unnamed_clips)]
+    for number, (group, index) in enumerate(shown):
+        turn, kind = divmod(number, len(moving))
+        seen = places[kind][:-PLACES_KEPT]
+        yield group, index, moving[kind], seen[turn % len(seen)]
+    for index in range(config.num_unseen_clips):
+        turn, kind = divmod(index, len(moving))
+        yield "unseen", index, moving[kind], places[kind][-1 - turn % PLACES_KEPT]
+
+
+def _conversation(name: str, group: str, index: int, facts: shapes.ShapeFacts) -> dict[str, object]:
+    """All that can be asked of a clip, or one thing of an image, in LLaVA's layout; another question first each time."""
+    asked = [(question, getattr(facts, fact)) for fact, question in shapes.QUESTIONS.items()]
+    asked = [(question, answer) for question, answer in asked if answer is not None]
+    # By the turn as well: facts repeat with a period that the number of questions divides.
+    first = (index + index // len(shapes.all_facts(group != "image"))) % len(asked)
+    asked = asked[first:] + asked[:first]
+    asked = asked[:1] if group == "image" else asked
+    kind = "image" if group == "image" else "video"
+    turns: list[dict[str, str]] = []
+    for number, (question, answer) in enumerate(asked):
+        shown = f"<{kind}>\n" if number == 0 else ""
+        turns += [{"from": "human", "value": shown + question}, {"from": "gpt", "value": answer}]
+    return {"id": Path(name).stem, kind: name, "conversations": turns}
 
 
 def _shape_image(scene: shapes.ShapeScene, config: CorpusConfig) -> bytes:
@@ -254,10 +304,9 @@ def _shape_video(scene: shapes.ShapeScene, config: CorpusConfig) -> bytes:
     return _encode_video(shapes.render_video(scene, config.shape_video_frames, fps, config.shape_size_px), fps)
 
 
-def _shape_clip(scene: shapes.ShapeScene, config: CorpusConfig) -> bytes:
-    """As far as the longer videos go, in as much less time."""
-    slow = config.shape_video_fps * config.clip_frames / config.shape_video_frames
-    return _encode_video(shapes.render_video(scene, config.clip_frames, slow, config.clip_size_px), config.clip_fps)
+def _shape_clip(scene: shapes.ShapeScene, config: CorpusConfig, size_px: int) -> bytes:
+    frames = shapes.render_video(scene, config.clip_frames, config.clip_fps, size_px)
+    return _encode_video(frames, config.clip_fps, SMALL_CRF)
 
 
 # ---------------------------------------------------------------------------------------------------------- photos
@@ -614,13 +663,13 @@ def _encode_image(pixels: shapes.Pixels, suffix: str) -> bytes:
     return bytes(data)
 
 
-def _encode_video(frames: shapes.Pixels, fps: int) -> bytes:
+def _encode_video(frames: shapes.Pixels, fps: int, crf: int = VIDEO_CRF) -> bytes:
     """uint8 RGB frames (T, H, W, 3) -> an H.264 MP4 file, its index at the end.
 
     One thread, because x264's decisions depend on how many there are; no metadata, because it holds the time.
     """
     sink = io.BytesIO()
-    options = {"preset": "ultrafast", "crf": "20", "g": str(2 * fps), "threads": "1"}
+    options = {"preset": "ultrafast", "crf": str(crf), "g": str(2 * fps), "threads": "1"}
     with av.open(sink, "w", format="mp4", container_options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width = frames.shape[1:3]

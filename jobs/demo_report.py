@@ -9,13 +9,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from jobs.ask import Reply
 from jobs.curate import explain_clips, load_curate_recipe, set_row
 from jobs.demo_corpus import load_truth
-from jobs.demo_truth import Finding, check_truth
+from jobs.demo_truth import Finding, check_truth, clip_places
+from jobs.demo_unseen import UnseenClip, UnseenFigures, replies_by_clip, score_unseen
 from jobs.generate import Generation, decode_codes
 from jobs.lineage import Captioner, Data, Training, trace
 from jobs.report import (
     Accuracy,
+    Answer,
+    AnsweredClip,
     AttemptGroup,
     BalanceLine,
     CaptionedClip,
@@ -38,6 +42,7 @@ from jobs.report import (
 )
 from jobs.run import code_version, environment
 from jobs.shapes import (
+    QUESTIONS,
     ShapeFacts,
     ShapeScore,
     all_facts,
@@ -62,7 +67,7 @@ from pipeline.tokenize_vision import Preparation, clip_frames
 from schemas.captions import CAPTIONERS, CAPTIONS
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
-from schemas.document import DocumentError, parse_document
+from schemas.document import FRAMES_PER_LATENT, DocumentError, parse_document
 from schemas.errors import RowError
 from schemas.generations import GENERATIONS
 from schemas.media import LOCATIONS, MEDIA
@@ -77,6 +82,7 @@ Thumbnail = Callable[[dict[str, Any], str], bytes | None]
 NUM_CARDS = 24
 NUM_RECONSTRUCTIONS = 8
 NUM_CAPTIONED = 12
+NUM_CONTINUED = 12
 NUM_TRUE_IMAGES = 240
 THUMBNAIL_PX = 160
 JUDGED_SIZE_PX = 64  # true renderings are judged at the size the model draws
@@ -96,6 +102,9 @@ class Road:
     model: TrainReport
     tokenizer_id: str
     drawn: Sequence[Generation]
+    unseen: Sequence[UnseenClip]
+    continued: Sequence[Generation]
+    replies: Sequence[Reply]
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,7 @@ class DemoFigures:
     true_images: ShapeScore
     true_videos: ShapeScore
     captions: ShapeScore
+    unseen: UnseenFigures
     num_parsed: int
     findings: tuple[Finding, ...]
 
@@ -119,7 +129,7 @@ class DemoFigures:
 def measure(road: Road) -> DemoFigures:
     """Judge the drawings, and true renderings at the same size, and check the corpus' truth."""
     images = [(g.ask.prompt, g.frames[0]) for g in road.drawn if g.ask.kind == "image"]
-    videos = [(g.ask.prompt, g.frames) for g in road.drawn if g.ask.kind == "video" and not g.ask.continued_clip_id]
+    videos = [(g.ask.prompt, g.frames) for g in road.drawn if g.ask.kind == "video"]
     first = max(g.ask.seed for g in road.drawn) + 1  # scenes that nothing was trained on
     still, moving = all_facts(moving=False), all_facts(moving=True)
     scenes = [make_scene(still[index % len(still)], first + index) for index in range(NUM_TRUE_IMAGES)]
@@ -134,6 +144,7 @@ def measure(road: Road) -> DemoFigures:
             [(write_caption(s.facts), render_video(s, length, fps, JUDGED_SIZE_PX)) for s in moves]
         ),
         captions=score_captions([(clip.caption, clip.facts) for clip in unnamed_clips(road)]),
+        unseen=score_unseen(road.unseen, road.continued, road.replies),
         num_parsed=_num_parsed(road),
         findings=tuple(findings),
     )
@@ -150,11 +161,12 @@ class UnnamedClip:
 
 def unnamed_clips(road: Road) -> list[UnnamedClip]:
     """Every clip of the corpus that its manifest leaves unnamed. One without a caption has an empty one."""
-    shows = {str(road.truth.parent / f.path): f.shows for f in load_truth(road.truth).files if f.shows is not None}
+    files = load_truth(road.truth).files
+    shows = {str(road.truth.parent / f.path): f.shows for f in files if f.shows is not None and f.what == "shape"}
     rows = road.lake.read_where(CAPTIONS, "captioner_id", [road.captioner_id], ["clip_id", "text"]).to_pylist()
     captions = {row["clip_id"]: row["text"] for row in rows}
     found = []
-    for clip_id, place in sorted(_clip_places(road.lake).items()):
+    for clip_id, place in sorted(clip_places(road.lake).items()):
         facts = parse_caption(shows.get(place["uri"], ""))
         if facts is not None:
             found.append(UnnamedClip(place, facts, captions.get(clip_id, "")))
@@ -164,7 +176,7 @@ def unnamed_clips(road: Road) -> list[UnnamedClip]:
 def _num_parsed(road: Road) -> int:
     """How many of the drawn documents, as stored, the grammar's parser accepts."""
     lm = load_language_model(road.model.folder)
-    ids = [g.generation_id for g in road.drawn]
+    ids = [g.generation_id for g in (*road.drawn, *road.continued)]
     parsed = 0
     for row in road.lake.read_where(GENERATIONS, "generation_id", ids, ["tokens"]).to_pylist():
         try:
@@ -207,8 +219,13 @@ def write_demo_report(path: Path, road: Road, figures: DemoFigures) -> None:
             ),
             accuracies=tuple(_accuracies(figures)),
             images=tuple(_images(road.drawn)),
-            videos=tuple(_video(g) for g in road.drawn if g.ask.kind == "video" and not g.ask.continued_clip_id),
-            continuations=tuple(_video(g) for g in road.drawn if g.ask.continued_clip_id),
+            videos=tuple(_video(g) for g in road.drawn if g.ask.kind == "video"),
+            unseen=tuple(_unseen(figures.unseen)),
+            continuations=tuple(
+                _continuation(g, clip)
+                for g, clip in list(zip(road.continued, road.unseen, strict=True))[:NUM_CONTINUED]
+            ),
+            answers=tuple(_answers(road, sandbox)),
             lineage=_lineage(lake, road.drawn[0], sandbox),
         )
     write_report(path, data)
@@ -291,7 +308,7 @@ def _cards(lake: Lake, verdicts: Sequence[dict[str, Any]], road: Road, sandbox: 
     ordered = sorted(verdicts, key=lambda row: (row["rule"] or "", row["clip_id"]))
     chosen = [ordered[i] for i in np.unique(np.linspace(0, len(ordered) - 1, min(NUM_CARDS, len(ordered))).astype(int))]
     captions = {row["clip_id"]: row["text"] for row in lake.read(CAPTIONS, ["clip_id", "text"]).to_pylist()}
-    clips = _clip_places(lake)
+    clips = clip_places(lake)
     for row in chosen:
         clip = clips[row["clip_id"]]
         verdict = "kept"
@@ -307,14 +324,6 @@ def _cards(lake: Lake, verdicts: Sequence[dict[str, Any]], road: Road, sandbox: 
                 else Path(clip["uri"]).name
             )
             yield ClipCard(thumbnail, name, verdict, captions.get(row["clip_id"], ""))
-
-
-def _clip_places(lake: Lake) -> dict[str, dict[str, Any]]:
-    places = {
-        row["media_id"]: row["uri"] for row in lake.read(LOCATIONS, ["media_id", "uri"]).sort_by("uri").to_pylist()
-    }
-    columns = ["clip_id", "media_id", "kind", "start_ms", "end_ms"]
-    return {row["clip_id"]: {**row, "uri": places[row["media_id"]]} for row in lake.read(CLIPS, columns).to_pylist()}
 
 
 def _middle_thumbnail(uri: str, start_ms: int, end_ms: int) -> bytes:
@@ -378,7 +387,7 @@ def _reconstructions(road: Road, sandbox: Sandbox) -> Iterator[Reconstruction]:
     tokenizer = lake.read_where(TOKENIZERS, "tokenizer_id", [road.tokenizer_id]).to_pylist()[0]
     vision = load_vision_tokenizer(Path(tokenizer["uri"]))
     preparation = Preparation.model_validate_json(tokenizer["preparation"])
-    clips = _clip_places(lake)
+    clips = clip_places(lake)
     rows = [row for row in lake.read(VISION_TOKENS).to_pylist() if row["tokenizer_id"] == road.tokenizer_id]
     rows.sort(key=lambda row: ("shapes" in clips[row["clip_id"]]["uri"], row["clip_id"]))
     half = NUM_RECONSTRUCTIONS // 2
@@ -426,10 +435,44 @@ def _video(generation: Generation) -> GeneratedVideo:
     colour, shape = judge_shape(generation.frames[len(generation.frames) // 2])
     direction = judge_direction(generation.frames)
     seen = f"{colour or 'no'} {shape or 'shape'} {direction or 'at rest'}"
-    asked, ask = parse_caption(generation.ask.prompt), generation.ask
+    asked = parse_caption(generation.ask.prompt)
     right = None if asked is None else (colour, shape, direction) == (asked.colour, asked.shape, asked.direction)
-    title = ask.prompt or f"continuation of {ask.continued_clip_id}"
-    return GeneratedVideo(title, generation.frames, generation.fps or 1.0, seen, right, ask.context_t * 4)
+    return GeneratedVideo(generation.ask.prompt, generation.frames, generation.fps or 1.0, seen, right)
+
+
+def _unseen(figures: UnseenFigures) -> Iterator[NamedShare]:
+    yield NamedShare("goes on in its direction", figures.continued.right, figures.continued.shuffled)
+    yield NamedShare("the same by drawn frames alone", figures.continued_alone.right, figures.continued_alone.shuffled)
+    for fact, share in figures.answers.items():
+        yield NamedShare(f"answered: {QUESTIONS[fact]}", share.right, share.shuffled)
+
+
+def _continuation(generation: Generation, clip: UnseenClip) -> GeneratedVideo:
+    given = generation.ask.context_t * FRAMES_PER_LATENT
+    direction = judge_direction(generation.frames[given - 1 :])
+    seen = f"goes on {direction}" if direction else "rests"
+    right = direction == clip.facts.direction
+    title = f"{write_caption(clip.facts)}, continued"
+    return GeneratedVideo(title, generation.frames, generation.fps or 1.0, seen, right, given)
+
+
+def _answers(road: Road, sandbox: Sandbox) -> Iterator[AnsweredClip]:
+    """Clips that were asked about, those with a wrong answer first."""
+    clips = list(zip(road.unseen, replies_by_clip(road.unseen, road.replies), strict=True))
+    right = [[said[fact] == getattr(clip.facts, fact) for fact in QUESTIONS] for clip, said in clips]
+    order = sorted(range(len(clips)), key=lambda index: (all(right[index]), index))
+    num_wrong = min(NUM_CAPTIONED // 3, sum(not all(one) for one in right))
+    for index in order[:num_wrong] + [one for one in order if all(right[one])][: NUM_CAPTIONED - num_wrong]:
+        clip, said = clips[index]
+        try:
+            frames = sandbox.run(_small_frames, clip.place["uri"], clip.place["start_ms"], clip.place["end_ms"])
+        except RowError:
+            continue
+        answers = tuple(
+            Answer(question, said[fact] or "(nothing)", is_right)
+            for (fact, question), is_right in zip(QUESTIONS.items(), right[index], strict=True)
+        )
+        yield AnsweredClip(Path(clip.place["uri"]).name, frames, answers)
 
 
 def _lineage(lake: Lake, generation: Generation, sandbox: Sandbox) -> LineageNode:

@@ -39,6 +39,15 @@ class _Seen:
     kept: set[str]
 
 
+def clip_places(lake: Lake) -> dict[str, dict[str, Any]]:
+    """Every clip by its id, with a place of its medium as `uri`."""
+    places = {
+        row["media_id"]: row["uri"] for row in lake.read(LOCATIONS, ["media_id", "uri"]).sort_by("uri").to_pylist()
+    }
+    columns = ["clip_id", "media_id", "kind", "start_ms", "end_ms"]
+    return {row["clip_id"]: {**row, "uri": places[row["media_id"]]} for row in lake.read(CLIPS, columns).to_pylist()}
+
+
 def check_truth(lake: Lake, truth_path: Path, recipe: CurateRecipe) -> list[Finding]:
     """Every image and video of the corpus -> what was expected and found, cuts first, then its fate under the recipe."""
     truth = load_truth(truth_path)

@@ -48,12 +48,21 @@ class TextTokenizerRecipe(Config):
     num_text: int = Field(default=512, ge=256)
 
 
+class UnderstandingRatios(Config):
+    """Shares by kind."""
+
+    image: float = Field(default=0.0, ge=0.0, le=1.0)
+    video: float = Field(default=0.0, ge=0.0, le=1.0)
+
+
 class PackRecipe(Config):
     """How documents are written and how long a row is."""
 
     context_len: int = Field(ge=16)
     num_codes: int = Field(gt=0)
     null_prompt_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
+    understanding: UnderstandingRatios = later_option(UnderstandingRatios())
+    """Share of images and of clips whose caption stands after them, so that the model learns to describe what it sees."""
     captioner: str | None = later_option(None)
     """Whose captions: `provided`, an id or the beginning of one. None: of each clip those of whoever captioned most."""
     include_texts: bool = True
@@ -438,12 +447,17 @@ def _document(
         return PackedDocument("chat", source.item_id, tokens, clip_ids=clip_ids, answers=tuple(answers))
     if source.kind == "text":
         return PackedDocument("text", source.item_id, write_document(TextDocument(source.text), vocabulary, text))
-    # Part of the captions become empty so that the model learns the unconditional branch of guidance. Which ones depends on
-    # the clip and the seed alone, so adding clips changes nothing for the others.
-    draw = int(short_hash([recipe.seed, "null_prompt", source.item_id]), 16) / 16**16
-    caption = "" if draw < recipe.null_prompt_ratio else source.text
-    tokens = write_document(VisionDocument(source.block(), caption), vocabulary, text)
+    last = _draw(recipe, "understanding", source) < getattr(recipe.understanding, source.kind)
+    # Part of the prompts become empty so that the model learns the unconditional branch of guidance.
+    null = not last and _draw(recipe, "null_prompt", source) < recipe.null_prompt_ratio
+    caption = "" if null else source.text
+    tokens = write_document(VisionDocument(source.block(), caption, caption_last=last), vocabulary, text)
     return PackedDocument(source.kind, source.item_id, tokens, source.captioner_id if caption else None)
+
+
+def _draw(recipe: PackRecipe, what: str, source: _Source) -> float:
+    """A number from 0 to 1 that depends on the clip and the seed alone, so that more clips change nothing for the others."""
+    return int(short_hash([recipe.seed, what, source.item_id]), 16) / 16**16
 
 
 def _attempt(source: _Source | _ChatSource, length: int, seqset_id: str, recipe: PackRecipe) -> dict[str, object]:

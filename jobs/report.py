@@ -126,8 +126,26 @@ class CaptionedClip:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """A question about a clip, what a model answers, and whether that is so."""
+
+    question: str
+    answer: str
+    is_right: bool
+
+
+@dataclass(frozen=True)
+class AnsweredClip:
+    """Frames of a clip, uint8 RGB (T, H, W, 3), and what was asked about it."""
+
+    name: str
+    frames: Pixels
+    answers: tuple[Answer, ...]
+
+
+@dataclass(frozen=True)
 class NamedShare:
-    """Shares in 0..1 of clips whose caption names a fact rightly: its own caption's, and any caption's on average."""
+    """Shares in 0..1 of clips of which a fact is named, drawn or answered rightly: its own, and any other clip's on average."""
 
     fact: str
     named: float
@@ -225,7 +243,9 @@ class ReportData:
     accuracies: tuple[Accuracy, ...] = ()
     images: tuple[PromptImages, ...] = ()
     videos: tuple[GeneratedVideo, ...] = ()
+    unseen: tuple[NamedShare, ...] = ()
     continuations: tuple[GeneratedVideo, ...] = ()
+    answers: tuple[AnsweredClip, ...] = ()
     lineage: LineageNode | None = None
 
 
@@ -309,7 +329,7 @@ class StripFrame:
     is_context: bool
 
 
-def _strip(video: GeneratedVideo | CaptionedClip, most: int = 8) -> list[StripFrame]:
+def _strip(video: GeneratedVideo | CaptionedClip | AnsweredClip, most: int = 8) -> list[StripFrame]:
     """At most `most` frames, evenly spread, the first and the last among them."""
     count = min(most, len(video.frames))
     given = video.num_context if isinstance(video, GeneratedVideo) else 0

@@ -28,13 +28,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
-# The first phrasing is the plain one; prompts use it.
-IMAGE_PHRASES = ("a {colour} {shape}", "one {colour} {shape}", "a picture of a {colour} {shape}")
-VIDEO_PHRASES = (
-    "a {colour} {shape} moving {direction}",
-    "one {colour} {shape} moving {direction}",
-    "a video of a {colour} {shape} moving {direction}",
-)
+# What can be asked about a shape, by the name of the fact that answers it.
+QUESTIONS = {"colour": "What colour is it?", "shape": "What shape is it?", "direction": "Where does it move?"}
 
 # Places and sizes are steps, so that a few hundred pictures tell enough of this world. A step is what a code of a 64 x 64
 # picture covers, and how far a moving shape goes in the four frames of a code at 8 frames per second.
@@ -44,7 +39,7 @@ MAX_TRAVEL = 0.48
 GROUND = 52  # and a trace of tint, so that no two files are the same bytes
 MARGIN = 0.02  # smallest gap between the shape and the edge of the frame
 STILL_RADII = (0.26, 0.30, 0.34)  # 17 to 22 px at 64x64
-MOVING_RADII = (0.19, 0.21)  # smaller, so that the shape has room to travel
+MOVING_RADII = (0.21, 0.23)  # smaller, so that the shape has room to travel
 
 JUDGE_EDGE_PX = 64
 MIN_CHROMA = 60.0  # largest minus smallest channel; the dark grey ground has about 0
@@ -61,6 +56,14 @@ class ShapeFacts:
     colour: str
     shape: str
     direction: str | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a shape is, or starts, and how large it is, in fractions of the frame edge."""
+
+    centre: tuple[float, float]
+    radius: float
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,21 @@ class ShapeScore:
     shuffled_direction: float | None = None
 
 
-def make_scene(facts: ShapeFacts, seed: int) -> ShapeScene:
-    """Facts and a seed -> a scene whose position, size and ground vary with the seed and fit the frame.
+def make_scene(facts: ShapeFacts, seed: int, place: Place | None = None) -> ShapeScene:
+    """Facts and a seed -> a scene whose place, unless it is given, and ground vary with the seed and fit the frame.
+
+    Raises: ValueError if a fact is not of this world.
+    """
+    places = all_places(facts)
+    rng = np.random.default_rng([seed, 0x5A9E])
+    drawn = places[int(rng.integers(len(places)))]
+    place = place or drawn
+    ground = tuple(int(GROUND + rng.integers(-2, 3)) for _ in range(3))
+    return ShapeScene(facts, place.centre, place.radius, (ground[0], ground[1], ground[2]))
+
+
+def all_places(facts: ShapeFacts) -> list[Place]:
+    """Every place that fits the frame, for a moving shape from start to end, in a fixed order.
 
     Raises: ValueError if a fact is not of this world.
     """
@@ -100,23 +116,23 @@ def make_scene(facts: ShapeFacts, seed: int) -> ShapeScene:
         raise ValueError(f"{facts} is not of this world: colours {', '.join(COLOURS)}; shapes {', '.join(SHAPES)}")
     if facts.direction is not None and facts.direction not in DIRECTIONS:
         raise ValueError(f"direction {facts.direction!r} is not one of {', '.join(DIRECTIONS)}")
-    rng = np.random.default_rng([seed, 0x5A9E])
-    radius = float(rng.choice(STILL_RADII if facts.direction is None else MOVING_RADII))
-    low, high = [radius + MARGIN] * 2, [1.0 - radius - MARGIN] * 2
-    if facts.direction is not None:
-        step = DIRECTIONS[facts.direction]
-        axis = 0 if step[0] else 1
-        low[axis] -= min(0, step[axis]) * MAX_TRAVEL
-        high[axis] -= max(0, step[axis]) * MAX_TRAVEL
-    centre = [_draw_place(rng, *bounds) for bounds in zip(low, high, strict=True)]
-    ground = tuple(int(GROUND + rng.integers(-2, 3)) for _ in range(3))
-    return ShapeScene(facts, (centre[0], centre[1]), radius, (ground[0], ground[1], ground[2]))
+    found = []
+    for radius in STILL_RADII if facts.direction is None else MOVING_RADII:
+        low, high = [radius + MARGIN] * 2, [1.0 - radius - MARGIN] * 2
+        if facts.direction is not None:
+            step = DIRECTIONS[facts.direction]
+            axis = 0 if step[0] else 1
+            low[axis] -= min(0, step[axis]) * MAX_TRAVEL
+            high[axis] -= max(0, step[axis]) * MAX_TRAVEL
+        columns, rows = (_steps(*bounds) for bounds in zip(low, high, strict=True))
+        found += [Place((x, y), radius) for y in rows for x in columns]
+    return found
 
 
-def _draw_place(rng: np.random.Generator, low: float, high: float) -> float:
-    """One of the steps between two bounds, in fractions of the edge."""
+def _steps(low: float, high: float) -> list[float]:
+    """The steps between two bounds, in fractions of the edge."""
     first, last = math.ceil(low * STEPS_PER_EDGE - 1e-9), math.floor(high * STEPS_PER_EDGE + 1e-9)
-    return float(rng.integers(first, last + 1)) / STEPS_PER_EDGE
+    return [step / STEPS_PER_EDGE for step in range(first, last + 1)]
 
 
 def all_facts(moving: bool) -> list[ShapeFacts]:
@@ -125,10 +141,10 @@ def all_facts(moving: bool) -> list[ShapeFacts]:
     return [ShapeFacts(colour, shape, to) for to in directions for shape in SHAPES for colour in COLOURS]
 
 
-def write_caption(facts: ShapeFacts, phrasing: int = 0) -> str:
-    """Facts -> a caption; `phrasing` picks one of the fixed phrases."""
-    phrases = IMAGE_PHRASES if facts.direction is None else VIDEO_PHRASES
-    return phrases[phrasing].format(colour=facts.colour, shape=facts.shape, direction=facts.direction)
+def write_caption(facts: ShapeFacts) -> str:
+    """Facts -> a caption."""
+    moves = f" moving {facts.direction}" if facts.direction is not None else ""
+    return f"a {facts.colour} {facts.shape}{moves}"
 
 
 def parse_caption(text: str) -> ShapeFacts | None:
@@ -140,7 +156,7 @@ def parse_caption(text: str) -> ShapeFacts | None:
 def _caption_pattern() -> re.Pattern[str]:
     shape = rf"(?P<colour>{'|'.join(COLOURS)}) (?P<shape>{'|'.join(SHAPES)})"
     move = rf"( moving (?P<direction>{'|'.join(DIRECTIONS)}))?"
-    return re.compile(rf"((a )?(picture|video) of )?(a|one) {shape}{move}")
+    return re.compile(rf"a {shape}{move}")
 
 
 _CAPTION = _caption_pattern()

@@ -34,7 +34,6 @@ UNUSED_CALLBACKS = {
 }
 WORKER_ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it, deterministic matrix products raise on a GPU
-    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait take the CPU from whoever shares the machine
 }
 
 

@@ -18,7 +18,8 @@ import pytest
 from PIL import Image
 
 from jobs import shapes
-from jobs.demo_corpus import CorpusConfig, CorpusTruth, load_truth, make_corpus
+from jobs.demo_corpus import CONVERSATIONS, CorpusConfig, CorpusTruth, _wanted_shapes, load_truth, make_corpus
+from pipeline.read_conversations import read_conversations
 from schemas.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +28,7 @@ SMALL = CorpusConfig(
     num_shape_videos=3,
     num_named_clips=3,
     num_unnamed_clips=2,
+    num_unseen_clips=2,
     num_pans=1,
     num_zooms=1,
     num_cut_videos=1,
@@ -38,6 +40,7 @@ CUTS_ONLY = CorpusConfig(
     num_shape_videos=2,
     num_named_clips=0,
     num_unnamed_clips=0,
+    num_unseen_clips=0,
     num_pans=2,
     num_zooms=1,
     num_cut_videos=3,
@@ -112,7 +115,12 @@ def test_truth_names_every_file(corpus: Path, truth: CorpusTruth) -> None:
     named = Counter(file.path for file in truth.files)
     assert max(named.values()) == 1
     sidecars = {path for path in digests(corpus) if path.startswith("photos/") and path.endswith((".json", ".txt"))}
-    assert digests(corpus).keys() - named.keys() - sidecars == {"plan.json", "truth.json", "shapes/manifest.jsonl"}
+    assert digests(corpus).keys() - named.keys() - sidecars == {
+        "plan.json",
+        "truth.json",
+        "shapes/manifest.jsonl",
+        CONVERSATIONS,
+    }
     for source in truth.sources:
         assert (corpus / source).exists()
 
@@ -137,9 +145,9 @@ def test_captions_are_where_the_truth_says(corpus: Path, truth: CorpusTruth) -> 
 
 
 def test_shapes_show_what_their_captions_say(corpus: Path, truth: CorpusTruth) -> None:
-    assert sum(file.shows is not None for file in truth.files) == 5
+    assert sum(file.shows is not None for file in truth.files) == 7
     for file in truth.files:
-        if file.what == "shape":
+        if file.what in ("shape", "unseen shape"):
             assert (file.caption is None) != (file.shows is None)
             facts = shapes.parse_caption(file.caption or file.shows or "")
             assert facts is not None
@@ -226,3 +234,36 @@ def test_scene_detectors_find_the_planted_cuts(corpus: Path, truth: CorpusTruth)
 def test_scene_detectors_find_the_planted_cuts_of_other_seeds(seed: int, corpus: Path, tmp_path: Path) -> None:
     check_cuts(tmp_path, load_truth(make_corpus(tmp_path, seed, CUTS_ONLY)))
     assert digests(tmp_path)["photos/pan_00.mp4"] != digests(corpus)["photos/pan_00.mp4"]
+
+
+def test_moving_shapes_take_their_places_by_turns_and_unseen_ones_keep_theirs() -> None:
+    config = CorpusConfig()
+    shown: Counter[tuple[shapes.ShapeFacts, shapes.Place]] = Counter()
+    unseen: Counter[tuple[shapes.ShapeFacts, shapes.Place]] = Counter()
+    for group, _, facts, place in _wanted_shapes(3, config):
+        if group != "image":
+            assert place is not None
+            assert place in shapes.all_places(facts)
+            (unseen if group == "unseen" else shown)[facts, place] += 1
+    assert len(unseen) == sum(unseen.values()) == config.num_unseen_clips
+    assert not unseen.keys() & shown.keys()
+    # 384 clips of 48 kinds and 8 places each: every one of them once.
+    assert set(shown.values()) == {1}
+    assert len(shown) == 384
+
+
+def test_conversations_say_what_the_manifest_says(corpus: Path, truth: CorpusTruth) -> None:
+    captions = {file.path: file.caption for file in truth.files}
+    first: Counter[str] = Counter()
+    said = list(read_conversations(corpus / CONVERSATIONS))
+    for one in said:
+        assert one.error is None
+        (path,) = one.media
+        facts = shapes.parse_caption(captions[str(path.relative_to(corpus))] or "")
+        assert facts is not None
+        known = {question: getattr(facts, fact) for fact, question in shapes.QUESTIONS.items()}
+        for exchange in one.exchanges:
+            assert exchange.answer == known[exchange.question]
+        first[one.exchanges[0].question] += 1
+    assert [len(one.exchanges) for one in said] == [1] * 3 + [3] * 3
+    assert set(first) == set(shapes.QUESTIONS.values())

@@ -12,6 +12,7 @@ from jobs.pack import PackRecipe, materialise, pack_sets, text_tokenizer_from_js
 from pipeline.rules import Bounds, CurateRecipe
 from schemas.captions import CAPTIONS
 from schemas.catalog import Lake
+from schemas.document import VisionDocument, parse_document
 from schemas.errors import ConfigError
 from schemas.identity import clip_id
 from schemas.media import LOCATIONS
@@ -19,6 +20,7 @@ from schemas.runs import ATTEMPTS
 from schemas.sequences import SEQUENCE_SETS, SEQUENCES
 from schemas.texts import TEXTS
 from schemas.vision_tokens import VISION_TOKENS
+from schemas.vocabulary import Vocabulary
 from tests.jobs.test_curate import RECIPE, expected, fill
 from train.batches import SequenceFile
 
@@ -132,3 +134,32 @@ def test_conversations_about_clips_are_packed_and_the_others_have_reasons(lake: 
     assert sum(len(file.answers(row)) for row in range(len(file))) == 4
     assert pack_sets(lake, ["kept"], PACK, "chat", None, [path]).already_there
     assert pack_sets(lake, ["kept"], PACK, "plain", None).seqset_id != report.seqset_id
+
+
+def test_a_share_of_the_captions_stands_after_its_picture(lake: Lake) -> None:
+    def forms(name: str, **options: object) -> dict[str, tuple[str, bool]]:
+        pack_sets(
+            lake,
+            ["all"],
+            PackRecipe.model_validate({**PACK.model_dump(), "include_texts": False, **options}),
+            name,
+            None,
+        )
+        row = lake.read_where(SEQUENCE_SETS, "name", [name]).to_pylist()[0]
+        text, vocabulary = text_tokenizer_from_json(row["text_tokenizer"]), Vocabulary.from_json(row["vocabulary"])
+        found = {}
+        for stored in lake.read_where(SEQUENCES, "seqset_id", [row["seqset_id"]]).to_pylist():
+            tokens = np.frombuffer(stored["tokens"], "<u4")
+            for part in stored["segments"]:
+                document = parse_document(tokens[part["offset"] : part["offset"] + part["length"]], vocabulary, text)
+                assert isinstance(document, VisionDocument)
+                found[part["item_id"]] = (document.caption, document.caption_last)
+        assert len(found) == NUM
+        return found
+
+    assert set(forms("none").values()) == {("a cat", False)}
+    assert set(forms("every", understanding={"image": 1.0}, null_prompt_ratio=0.9).values()) == {("a cat", True)}
+    half = forms("half", understanding={"image": 0.5, "video": 1.0}, null_prompt_ratio=0.9)
+    assert {last for _, last in half.values()} == {False, True}
+    assert forms("again", understanding={"image": 0.5, "video": 1.0}, null_prompt_ratio=0.9) == half
+    assert "understanding" not in PACK.model_dump()

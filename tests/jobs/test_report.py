@@ -15,6 +15,8 @@ from PIL import Image, ImageSequence
 from jobs import report
 from jobs.report import (
     Accuracy,
+    Answer,
+    AnsweredClip,
     AttemptGroup,
     BalanceLine,
     CaptionedClip,
@@ -72,6 +74,8 @@ def full(text: str = "plain") -> ReportData:
         accuracies=(Accuracy(text, 0.93, 1.0, 0.25),),
         images=(PromptImages(text, (GeneratedImage(pixels(8, 8), 0, text, False),)),),
         videos=(video,),
+        unseen=(NamedShare(text, 0.9, 0.25),),
+        answers=(AnsweredClip(text, pixels(6, 8, 8), (Answer(text, text, True), Answer(text, text, False))),),
         continuations=(GeneratedVideo(text, pixels(6, 8, 8), 4.0, num_context=2),),
         lineage=LineageNode("generation", text, made_from=(leaf, leaf)),
     )

@@ -17,7 +17,7 @@ def renderings(count: int, size_px: int = 64) -> list[tuple[str, Pixels]]:
         asked = facts[index % len(facts)]
         image = shapes.render_image(shapes.make_scene(asked, UNSEEN + index), 512)
         seen = np.asarray(cv2.resize(image, (size_px, size_px), interpolation=cv2.INTER_AREA), np.uint8)
-        pairs.append((shapes.write_caption(asked, index % 3), seen))
+        pairs.append((shapes.write_caption(asked), seen))
     return pairs
 
 
@@ -95,8 +95,7 @@ def test_a_two_second_clip_crosses_much_of_the_frame() -> None:
 
 def test_captions_come_back_as_facts() -> None:
     for facts in shapes.all_facts(moving=False) + shapes.all_facts(moving=True):
-        for phrasing in range(3):
-            assert shapes.parse_caption(shapes.write_caption(facts, phrasing)) == facts
+        assert shapes.parse_caption(shapes.write_caption(facts)) == facts
 
 
 @pytest.mark.parametrize(
@@ -105,6 +104,15 @@ def test_captions_come_back_as_facts() -> None:
 )
 def test_other_text_is_no_caption(text: str) -> None:
     assert shapes.parse_caption(text) is None
+
+
+def test_a_scene_may_have_its_place_given() -> None:
+    for facts in shapes.all_facts(moving=True):
+        places = shapes.all_places(facts)
+        assert len(set(places)) == len(places) >= 10
+        scene = shapes.make_scene(facts, 3, places[-1])
+        assert (scene.centre, scene.radius) == (places[-1].centre, places[-1].radius)
+        assert scene.ground == shapes.make_scene(facts, 3).ground
 
 
 def test_scenes_repeat_by_seed_and_vary_with_it() -> None:
