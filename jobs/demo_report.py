@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -77,6 +77,7 @@ from schemas.texts import TEXTS
 from schemas.vision_tokens import TOKENIZERS, VISION_TOKENS
 
 Pixels = npt.NDArray[np.uint8]
+T = TypeVar("T")
 Thumbnail = Callable[[dict[str, Any], str], bytes | None]
 
 NUM_CARDS = 24
@@ -222,8 +223,8 @@ def write_demo_report(path: Path, road: Road, figures: DemoFigures) -> None:
             videos=tuple(_video(g) for g in road.drawn if g.ask.kind == "video"),
             unseen=tuple(_unseen(figures.unseen)),
             continuations=tuple(
-                _continuation(g, clip)
-                for g, clip in list(zip(road.continued, road.unseen, strict=True))[:NUM_CONTINUED]
+                _continuation(*pair)
+                for pair in _spread(list(zip(road.continued, road.unseen, strict=True)), NUM_CONTINUED)
             ),
             answers=tuple(_answers(road, sandbox)),
             lineage=_lineage(lake, road.drawn[0], sandbox),
@@ -306,7 +307,7 @@ def _cards(lake: Lake, verdicts: Sequence[dict[str, Any]], road: Road, sandbox: 
     """Clips spread evenly over the list: rejected ones by rule, kept ones by id."""
     rules = {rule.name: rule for rule in _rules(road)}
     ordered = sorted(verdicts, key=lambda row: (row["rule"] or "", row["clip_id"]))
-    chosen = [ordered[i] for i in np.unique(np.linspace(0, len(ordered) - 1, min(NUM_CARDS, len(ordered))).astype(int))]
+    chosen = _spread(ordered, NUM_CARDS)
     captions = {row["clip_id"]: row["text"] for row in lake.read(CAPTIONS, ["clip_id", "text"]).to_pylist()}
     clips = clip_places(lake)
     for row in chosen:
@@ -456,13 +457,20 @@ def _continuation(generation: Generation, clip: UnseenClip) -> GeneratedVideo:
     return GeneratedVideo(title, generation.frames, generation.fps or 1.0, seen, right, given)
 
 
+def _spread(items: Sequence[T], most: int) -> list[T]:
+    """At most so many, evenly from the whole, since neighbours show much the same."""
+    if not items:
+        return []
+    return [items[at] for at in np.unique(np.linspace(0, len(items) - 1, min(most, len(items))).astype(int))]
+
+
 def _answers(road: Road, sandbox: Sandbox) -> Iterator[AnsweredClip]:
     """Clips that were asked about, those with a wrong answer first."""
     clips = list(zip(road.unseen, replies_by_clip(road.unseen, road.replies), strict=True))
     right = [[said[fact] == getattr(clip.facts, fact) for fact in QUESTIONS] for clip, said in clips]
-    order = sorted(range(len(clips)), key=lambda index: (all(right[index]), index))
-    num_wrong = min(NUM_CAPTIONED // 3, sum(not all(one) for one in right))
-    for index in order[:num_wrong] + [one for one in order if all(right[one])][: NUM_CAPTIONED - num_wrong]:
+    wrong = [index for index, one in enumerate(right) if not all(one)][: NUM_CAPTIONED // 3]
+    others = [index for index, one in enumerate(right) if all(one)]
+    for index in wrong + _spread(others, NUM_CAPTIONED - len(wrong)):
         clip, said = clips[index]
         try:
             frames = sandbox.run(_small_frames, clip.place["uri"], clip.place["start_ms"], clip.place["end_ms"])
