@@ -12,14 +12,13 @@ from jobs.models import Models, clip_blocks, first_of_each, load_models
 from jobs.progress import progress
 from jobs.run import recorded
 from model.generate_text import AnswerConfig, generate_text
+from pipeline.stage import COMMIT_SECONDS
 from schemas.answers import ANSWERS
 from schemas.catalog import Lake
 from schemas.chat import chat_prompt
 from schemas.document import DocumentError, Tokens, VisionBlock, VisionDocument, write_document
 from schemas.errors import ConfigError
 from schemas.recipe import Config, canonical_json, short_hash
-
-COMMIT_SECONDS = 10.0
 
 
 class AskRecipe(Config):

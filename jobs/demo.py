@@ -39,12 +39,7 @@ RECIPE = "emu3"
 NUM_PROMPTS = 40
 NUM_VIDEOS = 8
 SECTIONS = {"demo_captioner": "captioner", "demo_tokenizer": "vision_tokenizer", "demo_pretrain": "pretrain"}
-SMALLEST_PX = 190  # the unseen clips are smaller, so no set that is trained on holds them
-UNSEEN_PX = 160
 FIRST_SEED = 1_000_000  # far from every seed that the corpus was drawn with
-
-
-SMOKE: Mapping[str, tuple[str, ...]] = {"demo_captioner": (), "demo_tokenizer": ("free_steps=5",), "demo_pretrain": ()}
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,8 @@ SIZES = {
         CorpusConfig(num_shape_images=24, num_shape_videos=8, num_named_clips=16, num_unnamed_clips=4,
                      num_unseen_clips=4, num_pans=1, num_zooms=1, num_cut_videos=1, num_fade_videos=1, pan_frames=60,
                      num_texts=12),
-        {name: ("steps=20", *more) for name, more in SMOKE.items()},
+        {"demo_captioner": ("steps=20",), "demo_tokenizer": ("steps=20", "free_steps=5"),
+         "demo_pretrain": ("steps=20",)},
     ),
 }  # fmt: skip
 
@@ -77,7 +73,8 @@ def demo(folder: Path, seed: int, size: str) -> Path:
     folder = folder.resolve()
     lake = Lake.open(folder / "lake")
     _say("corpus", "raw photographs, moving shapes, slides, and files that are wrong on purpose")
-    truth = make_corpus(folder / "corpus", seed, SIZES[size].corpus)
+    corpus = SIZES[size].corpus
+    truth = make_corpus(folder / "corpus", seed, corpus)
     _say("ingest", "every file becomes a medium, a text, or a row that says why not")
     with progress("ingest") as advance:
         sources = [str(truth.parent / source) for source in load_truth(truth).sources]
@@ -89,7 +86,8 @@ def demo(folder: Path, seed: int, size: str) -> Path:
     print_curate(curate(lake, load_curate_recipe(RECIPE), SET), False)
     _say("caption", "what came with the media")
     curate(lake, load_curate_recipe("demo_moving"), MOVING)
-    for name, smallest_px in ((WORLD, SMALLEST_PX), (ALL, UNSEEN_PX)):
+    # The unseen clips are the smallest, so no set that is trained on holds them.
+    for name, smallest_px in ((WORLD, corpus.clip_size_px), (ALL, corpus.unseen_size_px)):
         curate(lake, load_curate_recipe(RECIPE, [f"resolution.low={smallest_px}"]), name)
     provided = [caption(lake, name).num_new for name in (SET, MOVING)]
     _tell(f"{sum(provided)} captions" if any(provided) else None)
@@ -104,13 +102,11 @@ def demo(folder: Path, seed: int, size: str) -> Path:
     tokenizer = train(lake, _training("demo_tokenizer", size), WORLD)
     _tell(None if tokenizer.already_there else f"checkpoint {tokenizer.checkpoint_id} after {tokenizer.step} steps")
     _say("tokenize", "clips become codes")
-    how = load_named(TokenizeRecipe, "demo_tokenize")
-    tokens = tokenize(lake, ALL, tokenizer.checkpoint_id, how)
+    tokens = tokenize(lake, ALL, tokenizer.checkpoint_id, load_named(TokenizeRecipe, "demo_tokenize"))
     _tell(f"{tokens.outcome.num_done} clips encoded" if tokens.outcome else None)
-    tokenizer_id = tokens.tokenizer_id
     _say("pack", "documents become sequences, and so do questions and answers")
     said = [truth.parent / CONVERSATIONS]
-    packed = pack_sets(lake, [WORLD], load_named(PackRecipe, "demo_pack"), SET, tokenizer_id, said)
+    packed = pack_sets(lake, [WORLD], load_named(PackRecipe, "demo_pack"), SET, tokens.tokenizer_id, said)
     _tell(None if packed.already_there else f"{packed.num_sequences} sequences, {packed.fill_ratio:.1%} full")
     _say("train", "a language model, by next-token prediction")
     model = train(lake, _training("demo_pretrain", size), SET)
@@ -125,8 +121,8 @@ def demo(folder: Path, seed: int, size: str) -> Path:
     report = folder / "report.html"
     _say("report", str(report))
     road = Road(
-        lake, truth, SET, RECIPE, captioner, captioned.captioner_id, tokenizer, model, tokenizer_id, drawn, unseen,
-        continued, replies,
+        lake, truth, SET, RECIPE, captioner, captioned.captioner_id, tokenizer, model, tokens.tokenizer_id, drawn,
+        unseen, continued, replies,
     )  # fmt: skip
     figures = measure(road)
     write_demo_report(report, road, figures)

@@ -141,6 +141,7 @@ class PlannedFile:
 
 SOURCES = ("shapes/manifest.jsonl", "photos", "defects", "texts")
 CONVERSATIONS = "shapes/conversations.json"
+SHAPE, UNSEEN_SHAPE = "shape", "unseen shape"  # `what` the files of shapes are: learnt from, and kept from all training
 
 
 def make_corpus(folder: Path, seed: int = 0, config: CorpusConfig | None = None) -> Path:
@@ -237,7 +238,7 @@ def _plan_shapes(seed: int, config: CorpusConfig) -> Iterator[PlannedFile]:
             said.append(_conversation(name, group, index, facts))
         stated = {"caption" if is_named else "shows": caption, "licence": OWN_LICENCE}
         kind = "image" if group == "image" else "video"
-        truth = _truth(f"shapes/{name}", kind, "unseen shape" if group == "unseen" else "shape", **stated)
+        truth = _truth(f"shapes/{name}", kind, UNSEEN_SHAPE if group == "unseen" else SHAPE, **stated)
         if group == "image":
             yield PlannedFile(truth.path, partial(_shape_image, scene, config), truth)
         elif group == "video":

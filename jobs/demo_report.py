@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from jobs.ask import Reply
 from jobs.curate import explain_clips, load_curate_recipe, set_row
-from jobs.demo_corpus import load_truth
-from jobs.demo_truth import Finding, check_truth, clip_places
-from jobs.demo_unseen import UnseenClip, UnseenFigures, replies_by_clip, score_unseen
+from jobs.demo_corpus import SHAPE
+from jobs.demo_truth import Finding, ShownClip, check_truth, clip_places, shown_clips
+from jobs.demo_unseen import UnseenFigures, direction_drawn, num_given, replies_by_clip, score_unseen
 from jobs.generate import Generation, decode_codes
 from jobs.lineage import Captioner, Data, Training, trace
 from jobs.report import (
@@ -43,7 +43,6 @@ from jobs.report import (
 from jobs.run import code_version, environment
 from jobs.shapes import (
     QUESTIONS,
-    ShapeFacts,
     ShapeScore,
     all_facts,
     judge_direction,
@@ -67,7 +66,7 @@ from pipeline.tokenize_vision import Preparation, clip_frames
 from schemas.captions import CAPTIONERS, CAPTIONS
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
-from schemas.document import FRAMES_PER_LATENT, DocumentError, parse_document
+from schemas.document import DocumentError, parse_document
 from schemas.errors import RowError
 from schemas.generations import GENERATIONS
 from schemas.media import LOCATIONS, MEDIA
@@ -103,7 +102,7 @@ class Road:
     model: TrainReport
     tokenizer_id: str
     drawn: Sequence[Generation]
-    unseen: Sequence[UnseenClip]
+    unseen: Sequence[ShownClip]
     continued: Sequence[Generation]
     replies: Sequence[Reply]
 
@@ -144,7 +143,7 @@ def measure(road: Road) -> DemoFigures:
         true_videos=score_videos(
             [(write_caption(s.facts), render_video(s, length, fps, JUDGED_SIZE_PX)) for s in moves]
         ),
-        captions=score_captions([(clip.caption, clip.facts) for clip in unnamed_clips(road)]),
+        captions=score_captions([(clip.caption, clip.shown.facts) for clip in unnamed_clips(road)]),
         unseen=score_unseen(road.unseen, road.continued, road.replies),
         num_parsed=_num_parsed(road),
         findings=tuple(findings),
@@ -153,25 +152,18 @@ def measure(road: Road) -> DemoFigures:
 
 @dataclass(frozen=True)
 class UnnamedClip:
-    """A clip that came without a caption: what it shows by the corpus' truth, and what the captioner says of it."""
+    """A clip that came without a caption, and what the captioner says of it."""
 
-    place: dict[str, Any]
-    facts: ShapeFacts
+    shown: ShownClip
     caption: str
 
 
 def unnamed_clips(road: Road) -> list[UnnamedClip]:
-    """Every clip of the corpus that its manifest leaves unnamed. One without a caption has an empty one."""
-    files = load_truth(road.truth).files
-    shows = {str(road.truth.parent / f.path): f.shows for f in files if f.shows is not None and f.what == "shape"}
+    """Every clip that its manifest leaves unnamed and the captioner names. One without a caption has an empty one."""
     rows = road.lake.read_where(CAPTIONS, "captioner_id", [road.captioner_id], ["clip_id", "text"]).to_pylist()
     captions = {row["clip_id"]: row["text"] for row in rows}
-    found = []
-    for clip_id, place in sorted(clip_places(road.lake).items()):
-        facts = parse_caption(shows.get(place["uri"], ""))
-        if facts is not None:
-            found.append(UnnamedClip(place, facts, captions.get(clip_id, "")))
-    return found
+    clips = shown_clips(road.lake, road.truth, SHAPE)
+    return [UnnamedClip(clip, captions.get(clip.clip_id, "")) for clip in clips]
 
 
 def _num_parsed(road: Road) -> int:
@@ -365,17 +357,30 @@ def _named(score: ShapeScore) -> Iterator[NamedShare]:
 
 
 def _captioned(road: Road, sandbox: Sandbox) -> Iterator[CaptionedClip]:
-    """Clips that the captioner named: wrong ones first, as they say more, then others in the order of their ids."""
-    clips = [(clip, parse_caption(clip.caption) == clip.facts) for clip in unnamed_clips(road)]
-    clips.sort(key=lambda pair: pair[1])
-    num_wrong = min(NUM_CAPTIONED // 3, sum(not is_right for _, is_right in clips))
-    for clip, is_right in clips[:num_wrong] + [pair for pair in clips if pair[1]][: NUM_CAPTIONED - num_wrong]:
-        try:
-            frames = sandbox.run(_small_frames, clip.place["uri"], clip.place["start_ms"], clip.place["end_ms"])
-        except RowError:
-            continue
-        note = f"it is {write_caption(clip.facts)}"
-        yield CaptionedClip(Path(clip.place["uri"]).name, frames, clip.caption or "(no caption)", is_right, note)
+    """Clips that the captioner named, wrong ones first."""
+    clips = unnamed_clips(road)
+    rights = [parse_caption(clip.caption) == clip.shown.facts for clip in clips]
+    for index in _wrong_first(rights):
+        clip = clips[index]
+        frames = _frames_of(clip.shown, sandbox)
+        if frames is not None:
+            note = f"it is {write_caption(clip.shown.facts)}"
+            name = Path(clip.shown.place["uri"]).name
+            yield CaptionedClip(name, frames, clip.caption or "(no caption)", rights[index], note)
+
+
+def _wrong_first(rights: Sequence[bool]) -> list[int]:
+    """Which clips to show: up to a third wrong ones, as they say more, then right ones from the whole list."""
+    wrong = [index for index, is_right in enumerate(rights) if not is_right][: NUM_CAPTIONED // 3]
+    return wrong + _spread([index for index, is_right in enumerate(rights) if is_right], NUM_CAPTIONED - len(wrong))
+
+
+def _frames_of(clip: ShownClip, sandbox: Sandbox) -> Pixels | None:
+    """Six small frames, None where the medium has moved since: the page then leaves it out."""
+    try:
+        return sandbox.run(_small_frames, clip.place["uri"], clip.place["start_ms"], clip.place["end_ms"])
+    except RowError:
+        return None
 
 
 def _small_frames(uri: str, start_ms: int, end_ms: int) -> Pixels:
@@ -448,13 +453,12 @@ def _unseen(figures: UnseenFigures) -> Iterator[NamedShare]:
         yield NamedShare(f"answered: {QUESTIONS[fact]}", share.right, share.shuffled)
 
 
-def _continuation(generation: Generation, clip: UnseenClip) -> GeneratedVideo:
-    given = generation.ask.context_t * FRAMES_PER_LATENT
-    direction = judge_direction(generation.frames[given - 1 :])
+def _continuation(generation: Generation, clip: ShownClip) -> GeneratedVideo:
+    direction = direction_drawn(generation)
     seen = f"goes on {direction}" if direction else "rests"
     right = direction == clip.facts.direction
     title = f"{write_caption(clip.facts)}, continued"
-    return GeneratedVideo(title, generation.frames, generation.fps or 1.0, seen, right, given)
+    return GeneratedVideo(title, generation.frames, generation.fps or 1.0, seen, right, num_given(generation))
 
 
 def _spread(items: Sequence[T], most: int) -> list[T]:
@@ -466,21 +470,19 @@ def _spread(items: Sequence[T], most: int) -> list[T]:
 
 def _answers(road: Road, sandbox: Sandbox) -> Iterator[AnsweredClip]:
     """Clips that were asked about, those with a wrong answer first."""
-    clips = list(zip(road.unseen, replies_by_clip(road.unseen, road.replies), strict=True))
-    right = [[said[fact] == getattr(clip.facts, fact) for fact in QUESTIONS] for clip, said in clips]
-    wrong = [index for index, one in enumerate(right) if not all(one)][: NUM_CAPTIONED // 3]
-    others = [index for index, one in enumerate(right) if all(one)]
-    for index in wrong + _spread(others, NUM_CAPTIONED - len(wrong)):
-        clip, said = clips[index]
-        try:
-            frames = sandbox.run(_small_frames, clip.place["uri"], clip.place["start_ms"], clip.place["end_ms"])
-        except RowError:
-            continue
-        answers = tuple(
-            Answer(question, said[fact] or "(nothing)", is_right)
-            for (fact, question), is_right in zip(QUESTIONS.items(), right[index], strict=True)
-        )
-        yield AnsweredClip(Path(clip.place["uri"]).name, frames, answers)
+    answered = replies_by_clip(road.unseen, road.replies)
+    rights = [
+        {fact: said[fact] == getattr(clip.facts, fact) for fact in QUESTIONS}
+        for clip, said in zip(road.unseen, answered, strict=True)
+    ]
+    for index in _wrong_first([all(right.values()) for right in rights]):
+        frames = _frames_of(road.unseen[index], sandbox)
+        if frames is not None:
+            answers = tuple(
+                Answer(question, answered[index][fact] or "(nothing)", rights[index][fact])
+                for fact, question in QUESTIONS.items()
+            )
+            yield AnsweredClip(Path(road.unseen[index].place["uri"]).name, frames, answers)
 
 
 def _lineage(lake: Lake, generation: Generation, sandbox: Sandbox) -> LineageNode:

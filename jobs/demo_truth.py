@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from jobs.curate import explain_clips
 from jobs.demo_corpus import FileTruth, load_truth
+from jobs.shapes import ShapeFacts, parse_caption
 from pipeline.rules import CurateRecipe
 from schemas.catalog import Lake
 from schemas.clips import CLIPS, SCANS
@@ -46,6 +47,27 @@ def clip_places(lake: Lake) -> dict[str, dict[str, Any]]:
     }
     columns = ["clip_id", "media_id", "kind", "start_ms", "end_ms"]
     return {row["clip_id"]: {**row, "uri": places[row["media_id"]]} for row in lake.read(CLIPS, columns).to_pylist()}
+
+
+@dataclass(frozen=True)
+class ShownClip:
+    """A clip of the corpus that nobody named: where it is, and what it shows by the corpus' truth."""
+
+    clip_id: str
+    place: Mapping[str, Any]
+    facts: ShapeFacts
+
+
+def shown_clips(lake: Lake, truth_path: Path, what: str) -> list[ShownClip]:
+    """The clips of files that are `what`, and came without a caption, in the order of ids."""
+    files = load_truth(truth_path).files
+    shows = {str(truth_path.parent / file.path): file.shows for file in files if file.what == what}
+    found = []
+    for clip_id, place in sorted(clip_places(lake).items()):
+        facts = parse_caption(shows.get(place["uri"]) or "")
+        if facts is not None:
+            found.append(ShownClip(clip_id, place, facts))
+    return found
 
 
 def check_truth(lake: Lake, truth_path: Path, recipe: CurateRecipe) -> list[Finding]:

@@ -3,27 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jobs.ask import Question, Reply
-from jobs.demo_corpus import load_truth
-from jobs.demo_truth import clip_places
+from jobs.demo_corpus import UNSEEN_SHAPE
+from jobs.demo_truth import ShownClip, shown_clips
 from jobs.generate import Ask, Generation
-from jobs.shapes import QUESTIONS, ShapeFacts, judge_direction, parse_caption
+from jobs.shapes import QUESTIONS, judge_direction
 from schemas.catalog import Lake
 from schemas.document import FRAMES_PER_LATENT
 
-UNSEEN = "unseen shape"
 GIVEN_T = 2  # latent frames of a clip that are given
-
-
-@dataclass(frozen=True)
-class UnseenClip:
-    """A clip that nothing was trained on: where it is, and what it shows by the corpus' truth."""
-
-    clip_id: str
-    place: Mapping[str, Any]
-    facts: ShapeFacts
 
 
 @dataclass(frozen=True)
@@ -47,44 +36,47 @@ class UnseenFigures:
     answers: Mapping[str, Share]
 
 
-def unseen_clips(lake: Lake, truth: Path) -> list[UnseenClip]:
+def unseen_clips(lake: Lake, truth: Path) -> list[ShownClip]:
     """The clips of the corpus that were kept from every training, in the order of their files."""
-    shows = {str(truth.parent / f.path): f.shows for f in load_truth(truth).files if f.what == UNSEEN}
-    found = []
-    for clip_id, place in clip_places(lake).items():
-        facts = parse_caption(shows.get(place["uri"]) or "")
-        if facts is not None:
-            found.append(UnseenClip(clip_id, place, facts))
-    return sorted(found, key=lambda clip: str(clip.place["uri"]))
+    return sorted(shown_clips(lake, truth, UNSEEN_SHAPE), key=lambda clip: str(clip.place["uri"]))
 
 
-def continuations(clips: Sequence[UnseenClip], seed: int) -> list[Ask]:
+def continuations(clips: Sequence[ShownClip], seed: int) -> list[Ask]:
     """A drawing for each clip that begins with its first half, and no word of what it shows."""
     return [Ask("", "video", seed + index, clip.clip_id, GIVEN_T) for index, clip in enumerate(clips)]
 
 
-def questions(clips: Sequence[UnseenClip]) -> list[Question]:
+def questions(clips: Sequence[ShownClip]) -> list[Question]:
     """Every question about every clip, clip by clip."""
     return [Question(question, (clip.clip_id,)) for clip in clips for question in QUESTIONS.values()]
 
 
-def replies_by_clip(clips: Sequence[UnseenClip], replies: Sequence[Reply]) -> list[dict[str, str]]:
+def replies_by_clip(clips: Sequence[ShownClip], replies: Sequence[Reply]) -> list[dict[str, str]]:
     """The answers to `questions(clips)` -> what was answered about each clip, by fact."""
     answers = iter(replies)
     return [{fact: next(answers).text.strip() for fact in QUESTIONS} for _ in clips]
 
 
+def direction_drawn(generation: Generation) -> str | None:
+    """Where the shape of a continuation goes from the last given frame on; None if it rests."""
+    return judge_direction(generation.frames[num_given(generation) - 1 :])
+
+
+def num_given(generation: Generation) -> int:
+    """Frames of a continuation that were given."""
+    return generation.ask.context_t * FRAMES_PER_LATENT
+
+
 def score_unseen(
-    clips: Sequence[UnseenClip], continued: Sequence[Generation], replies: Sequence[Reply]
+    clips: Sequence[ShownClip], continued: Sequence[Generation], replies: Sequence[Reply]
 ) -> UnseenFigures:
     """Continuations and answers in the order of `continuations(clips)` and `questions(clips)` -> shares that are right."""
-    given = GIVEN_T * FRAMES_PER_LATENT
     directions = [clip.facts.direction for clip in clips]
     answered = replies_by_clip(clips, replies)
     return UnseenFigures(
         num_clips=len(clips),
-        continued=_share([judge_direction(g.frames[given - 1 :]) for g in continued], directions),
-        continued_alone=_share([judge_direction(g.frames[given:]) for g in continued], directions),
+        continued=_share([direction_drawn(g) for g in continued], directions),
+        continued_alone=_share([judge_direction(g.frames[num_given(g) :]) for g in continued], directions),
         answers={
             fact: _share([said[fact] for said in answered], [getattr(clip.facts, fact) for clip in clips])
             for fact in QUESTIONS

@@ -150,11 +150,9 @@ def _edges_along_rows(plane: NDArray[Any], step: int) -> int:
     if plane.shape[1] < 3:
         return 0
     change = plane[:, 2:].astype(np.int16) - plane[:, :-2]
-    edges = 0
-    for side in (change >= step, change <= -step):
-        begins = side[:, 0].astype(np.int64) + (side[:, 1:] & ~side[:, :-1]).sum(axis=1)
-        edges = edges + begins
-    return int(np.max(edges))
+    rising, falling = change >= step, change <= -step
+    begins = [side[:, 0] + (side[:, 1:] & ~side[:, :-1]).sum(axis=1) for side in (rising, falling)]
+    return int((begins[0] + begins[1]).max())
 
 
 def block_means(image: Image) -> NDArray[np.uint8]:

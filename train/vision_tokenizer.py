@@ -109,7 +109,7 @@ class TokenizerObjective:
             for module in model.modules():
                 if isinstance(module, nn.BatchNorm3d):
                     module.reset_running_stats()  # they belong to the steps
-            self._place_codebook(model, latents_BCthw, 0)
+            self._place_codes(model, latents_BCthw, 0)
 
     def loss(
         self, model: nn.Module, rows: Rows, step: int, device: torch.device, state: dict[str, Tensor]
@@ -133,16 +133,18 @@ class TokenizerObjective:
             model.eval()  # the running statistics belong to the steps
             latents_BCthw = model.latents(self._pixels(self._latent_rows(done), done, device))
             model.train()
-        if is_first:
-            self._place_codebook(model, latents_BCthw, done)
-        else:
-            generator = torch.Generator().manual_seed(self.config.seed + done)
-            model.quantize.reset_dead_codes(state[CODE_USES], latents_BCthw, generator)
-            copy_from_first(model.quantize.embedding.weight.data)
+        self._place_codes(model, latents_BCthw, done, None if is_first else state[CODE_USES])
         state[CODE_USES].zero_()
 
-    def _place_codebook(self, model: VisionTokenizer, latents_BCthw: Tensor, done: int) -> None:
-        model.quantize.init_codebook_from_latents(latents_BCthw, torch.Generator().manual_seed(self.config.seed + done))
+    def _place_codes(
+        self, model: VisionTokenizer, latents_BCthw: Tensor, done: int, uses_K: Tensor | None = None
+    ) -> None:
+        """Move the whole codebook onto latents, or the codes without a use in `uses_K`; on all workers alike."""
+        generator = torch.Generator().manual_seed(self.config.seed + done)
+        if uses_K is None:
+            model.quantize.init_codebook_from_latents(latents_BCthw, generator)
+        else:
+            model.quantize.reset_dead_codes(uses_K, latents_BCthw, generator)
         copy_from_first(model.quantize.embedding.weight.data)
 
     def export(self, model: nn.Module, folder: Path) -> None:

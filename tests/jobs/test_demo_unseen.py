@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from jobs.ask import Question, Reply
-from jobs.demo_unseen import UnseenClip, continuations, questions, replies_by_clip, score_unseen
+from jobs.demo_truth import ShownClip
+from jobs.demo_unseen import continuations, questions, replies_by_clip, score_unseen
 from jobs.generate import Ask, Generation
 from jobs.shapes import QUESTIONS, Pixels, ShapeFacts, all_facts, make_scene, render_video
 
 FACTS = all_facts(moving=True)[::7][:6]
-CLIPS = [UnseenClip(f"clip{number}", {"uri": f"/{number}.mp4"}, facts) for number, facts in enumerate(FACTS)]
+CLIPS = [ShownClip(f"clip{number}", {"uri": f"/{number}.mp4"}, facts) for number, facts in enumerate(FACTS)]
 
 
 def true_frames(facts: ShapeFacts) -> Pixels:
