@@ -34,7 +34,7 @@ from jobs import shapes
 from schemas.errors import ConfigError
 from schemas.recipe import Config
 
-CORPUS_VERSION = 3  # raised when the same seed and options would give other bytes than before
+CORPUS_VERSION = 4  # raised when the same seed and options would give other bytes than before
 PHOTO_SIZE = (640, 512)
 PHOTO_FPS = 24
 ROOM = 1.3  # how much larger than the frame a photograph is scaled, so that the camera has room to move
@@ -463,8 +463,8 @@ def _dark_middle(frames: shapes.Pixels) -> int:
     return int(dark[0] + dark[-1] + 1) // 2
 
 
-def _shots_video(shots: Sequence[Shot], fade: Fade | None = None) -> bytes:
-    return _encode_video(_render_shots(shots, fade), PHOTO_FPS)
+def _shots_video(shots: Sequence[Shot], fade: Fade | None = None, container: str = "mp4") -> bytes:
+    return _encode_video(_render_shots(shots, fade), PHOTO_FPS, container=container)
 
 
 # --------------------------------------------------------------------------------------------------------- defects
@@ -474,7 +474,7 @@ def _plan_defects(seed: int, kept: Sequence[PlannedFile]) -> Iterator[PlannedFil
     """One file per reason to refuse, and a copy of the first image and of the first video of `kept`."""
     rng = np.random.default_rng([seed, 0xDEF])
     noise_seed = int(rng.integers(2**31))
-    yield from _plan_failures(cache(partial(_shots_video, (Shot("coffee", 48, noise_seed),))), noise_seed)
+    yield from _plan_failures(noise_seed)
     yield from _plan_refused_images()
     yield from _plan_refused_videos(noise_seed)
     for kind, name in (("image", "copy of a photograph & co. (ü)"), ("video", "copy_of_a_video")):
@@ -485,10 +485,13 @@ def _plan_defects(seed: int, kept: Sequence[PlannedFile]) -> Iterator[PlannedFil
             yield PlannedFile(path, first.make, first.truth.model_copy(update=said))
 
 
-def _plan_failures(video: Callable[[], bytes], noise_seed: int) -> Iterator[PlannedFile]:
+def _plan_failures(noise_seed: int) -> Iterator[PlannedFile]:
+    take = Shot("coffee", 96, noise_seed)
+    video = cache(partial(_shots_video, (take,)))
+
     def failing(name: str, what: str, reason: str, make: Callable[[], bytes], stage: str = "ingest") -> PlannedFile:
         path = f"defects/{name}"
-        kind = "video" if name.endswith(".mp4") else "image"
+        kind = "video" if name.endswith((".mp4", ".mkv")) else "image"
         return PlannedFile(path, make, _truth(path, kind, what, outcome="failed", stage=stage, reason=reason))
 
     def junk(size: int) -> bytes:
@@ -504,6 +507,9 @@ def _plan_failures(video: Callable[[], bytes], noise_seed: int) -> Iterator[Plan
     def half(data: bytes) -> bytes:
         return data[: len(data) // 2]
 
+    def cut_short() -> bytes:
+        return half(_shots_video((take,), container="matroska"))  # which has its header in front
+
     yield failing("image_named.mp4", "an image named as a video", "WrongExtension", partial(_still, "coffee", ".png"))
     yield failing("video_named.png", "a video named as an image", "WrongExtension", video)
     yield failing("text_named.jpg", "text named as an image", "WrongExtension", partial(_utf8, "This is no picture."))
@@ -512,7 +518,8 @@ def _plan_failures(video: Callable[[], bytes], noise_seed: int) -> Iterator[Plan
     yield failing("garbage.mp4", "a sound header before packets of garbage", "Unreadable", lambda: garbled(0.0))
     yield failing("half.jpg", "half of an image", "Truncated", lambda: half(_still("cat", ".jpg")))
     yield failing("half.png", "half of an image", "Truncated", lambda: half(_still("rocket", ".png")))
-    yield failing("half.mp4", "a video that turns into garbage", "Truncated", lambda: garbled(0.5), stage="scan")
+    yield failing("half.mkv", "half of a video", "Truncated", cut_short, stage="scan")
+    yield failing("turned.mp4", "a video that turns into garbage", "Corrupt", lambda: garbled(0.5), stage="scan")
 
 
 def _plan_refused_images() -> Iterator[PlannedFile]:
@@ -664,18 +671,18 @@ def _encode_image(pixels: shapes.Pixels, suffix: str) -> bytes:
     return bytes(data)
 
 
-def _encode_video(frames: shapes.Pixels, fps: int, crf: int = VIDEO_CRF) -> bytes:
-    """uint8 RGB frames (T, H, W, 3) -> an H.264 MP4 file, its index at the end.
+def _encode_video(frames: shapes.Pixels, fps: int, crf: int = VIDEO_CRF, container: str = "mp4") -> bytes:
+    """uint8 RGB frames (T, H, W, 3) -> an H.264 file; an MP4's index stands at its end.
 
     One thread, because x264's decisions depend on how many there are; no metadata, because it holds the time.
     """
     sink = io.BytesIO()
     options = {"preset": "ultrafast", "crf": str(crf), "g": str(2 * fps), "threads": "1"}
-    with av.open(sink, "w", format="mp4", container_options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("libx264", rate=fps, options=options)
+    with av.open(sink, "w", format=container, container_options={"fflags": "+bitexact"}) as file:
+        stream = file.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for pixels in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode(None))
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        file.mux(stream.encode(None))
     return sink.getvalue()

@@ -38,7 +38,8 @@ class PyavReader(VideoReader):
         self._threads = threads
         self._num_packets = 0
         self._num_lost = 0
-        self._reached_s = 0.0
+        self._file_reached_s = 0.0
+        self._stream_reached_s = 0.0
         self._failure = ""
         self._step = 0
         self._raw: Iterator[VideoFrame]
@@ -79,11 +80,14 @@ class PyavReader(VideoReader):
     def _decoded(self) -> Iterator[VideoFrame]:
         """Frames of every packet that decodes. Packets of all streams pass by: the last tells where the file ends."""
         for packet in self._packets():
-            if packet.pts is not None and packet.time_base:
-                end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-                self._reached_s = max(self._reached_s, end)
+            stamp = packet.dts if packet.pts is None else packet.pts
+            if stamp is not None and packet.time_base:
+                end = float((stamp + (packet.duration or 0)) * packet.time_base)
+                self._file_reached_s = max(self._file_reached_s, end)
             if packet.stream.index != self._stream.index:
                 continue
+            if stamp is not None and packet.time_base and not packet.is_discard:
+                self._stream_reached_s = max(self._stream_reached_s, float(stamp * packet.time_base))
             self._num_packets += 1
             try:
                 frames = packet.decode()
@@ -153,24 +157,25 @@ class PyavReader(VideoReader):
         return turned(np.asarray(shown.to_ndarray(), np.uint8), raw.rotation)
 
     def _check_whole(self) -> None:
-        """Raises: RowError(Truncated) if the file stops well before the length in its header, RowError(Corrupt) if many
-        packets do not decode.
+        """Raises: RowError(Truncated) if the packets stop well before the length in the header, RowError(Corrupt) if they
+        are there and many of them, or all from some time on, do not decode.
         """
-        stream, container = self._stream, self._container
+        stream, container, name = self._stream, self._container, self._path.name
+        first_s = float(self._origin * (stream.time_base or 0))
+        stream_reached_s = max(self._stream_reached_s - first_s, self.end_s)
         if stream.duration and stream.time_base:
-            stated, reached = float(stream.duration * stream.time_base), self.end_s
+            stated, reached = float(stream.duration * stream.time_base), stream_reached_s
         else:  # the header speaks of the file, whose other streams may go on when the pictures end
-            stated, reached = (container.duration or 0) / av.time_base, max(self._reached_s, self.end_s)
-        if stated - reached > max(SLOPPY_END_S, SLOPPY_END_RATIO * stated):
-            raise RowError(
-                "Truncated",
-                f"{self._path.name} ends at {reached:.2f} s, its header says {stated:.2f} s {self._failure}".rstrip(),
-            )
+            stated, reached = (container.duration or 0) / av.time_base, max(self._file_reached_s, self.end_s)
+        if _ends_early(reached, stated):
+            said = f"{name} ends at {reached:.2f} s, its header says {stated:.2f} s {self._failure}"
+            raise RowError("Truncated", said.rstrip())
+        if _ends_early(self.end_s, stream_reached_s):
+            said = f"{name}: nothing decodes from {self.end_s:.2f} to {stream_reached_s:.2f} s {self._failure}"
+            raise RowError("Corrupt", said.rstrip())
         if self._num_lost > LOST_RATIO_MAX * self._num_packets:
-            raise RowError(
-                "Corrupt",
-                f"{self._path.name}: {self._num_lost} of {self._num_packets} packets do not decode {self._failure}",
-            )
+            said = f"{name}: {self._num_lost} of {self._num_packets} packets do not decode {self._failure}"
+            raise RowError("Corrupt", said)
 
     def seek(self, seconds: float) -> None:
         """To the key frame before `seconds`; a file that cannot seek is opened again, from its first frame."""
@@ -197,6 +202,10 @@ class PyavReader(VideoReader):
     def close(self) -> None:
         """Closes the file."""
         self._container.close()
+
+
+def _ends_early(reached_s: float, stated_s: float) -> bool:
+    return stated_s - reached_s > max(SLOPPY_END_S, SLOPPY_END_RATIO * stated_s)
 
 
 def _reformatter() -> VideoReformatter:

@@ -178,17 +178,21 @@ def test_copies_are_exact(corpus: Path, truth: CorpusTruth) -> None:
 
 def test_broken_files_are_broken(corpus: Path, truth: CorpusTruth) -> None:
     by_reason = Counter(file.reason for file in truth.files if file.outcome == "failed")
-    assert by_reason == {"WrongExtension": 3, "Empty": 1, "Unreadable": 2, "Truncated": 3}
+    assert by_reason == {"WrongExtension": 3, "Empty": 1, "Unreadable": 2, "Truncated": 3, "Corrupt": 1}
     for file in truth.files:
         path = corpus / file.path
         if file.reason == "Unreadable":
             with pytest.raises(av.FFmpegError):
                 decoded(path)
-        elif file.reason == "Truncated" and file.kind == "video":
+        elif file.reason == "Corrupt":
             with av.open(str(path)) as container:
-                assert container.streams.video[0].frames == 48
+                assert container.streams.video[0].frames == 96
             with pytest.raises(av.FFmpegError):
                 decoded(path)
+        elif file.reason == "Truncated" and file.kind == "video":
+            with av.open(str(path)) as container:
+                assert container.duration == 4 * av.time_base
+            assert 24 < len(decoded(path)) < 72
         elif file.reason == "Truncated":
             with pytest.raises(OSError, match="truncated"), Image.open(path) as image:
                 image.load()

@@ -117,6 +117,22 @@ def test_a_video_cut_short_is_an_error_and_not_a_shorter_video(tmp_path: Path, s
     assert caught.value.reason == "Truncated"
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_a_video_that_turns_into_garbage_is_corrupt_and_not_cut_short(tmp_path: Path, seed: int) -> None:
+    """Garbage decodes to a picture now and then, so neither the last picture nor the packets lost tell by themselves."""
+    whole = write_video(tmp_path / "whole.mp4", [frame for part in range(4) for frame in shot(part, 50)])
+    data = bytearray(whole.read_bytes())
+    start, end = data.index(b"mdat") + 4, data.index(b"moov") - 4
+    rng = np.random.default_rng(seed)
+    start += round(rng.uniform(0.3, 0.7) * (end - start))
+    data[start:end] = bytes(end - start) if seed == 0 else rng.bytes(end - start)
+    turned_bad = tmp_path / "turned.mp4"
+    turned_bad.write_bytes(data)
+    with pytest.raises(RowError) as caught:
+        read(turned_bad)
+    assert caught.value.reason == "Corrupt"
+
+
 def test_damage_inside_costs_some_frames_only(tmp_path: Path, clip: Path) -> None:
     data = bytearray(clip.read_bytes())
     middle = len(data) // 2
