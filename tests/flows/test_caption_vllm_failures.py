@@ -30,8 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 pytest.importorskip("vllm")
 
 NUM_IMAGES = 40
-# Every window is one request, whatever random weights say, and all of them take long enough to be interrupted: some
-# twenty seconds, of which seeing the first captions takes one or two, and on a busy machine more.
+# Every window is one request, whatever random weights say, and all of them take long enough to be interrupted.
 RECIPE = """
 engine = "{engine}"
 model = "{model}"
@@ -119,10 +118,26 @@ class Captioning:
         assert reasons == {"thin": "EngineRefused", "gone": "FileNotFoundError"}
 
 
+def wait_until_under_way(captioning: Captioning, pid: int) -> None:
+    """Waits for the first captions. Engines below `pid` stand still meanwhile: to look takes longer than to caption."""
+
+    def is_under_way() -> bool:
+        engines = engines_of(pid)
+        for engine in engines:
+            engine.suspend()
+        try:
+            return captioning.is_under_way()
+        finally:
+            for engine in engines:
+                engine.resume()
+
+    wait_for(is_under_way, 240)
+
+
 def test_driver_killed(lake: Lake, checkpoint: Path, tmp_path: Path) -> None:
     captioning = Captioning(lake, tmp_path, "vllm", checkpoint)
     process = captioning.start()
-    wait_for(captioning.is_under_way, 240)
+    wait_until_under_way(captioning, process.pid)
     engines = engines_of(process.pid)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
@@ -140,7 +155,7 @@ def test_driver_killed(lake: Lake, checkpoint: Path, tmp_path: Path) -> None:
 def test_worker_or_engine_killed(lake: Lake, checkpoint: Path, tmp_path: Path, victim: str) -> None:
     captioning = Captioning(lake, tmp_path, "vllm", checkpoint)
     process = captioning.start()
-    wait_for(captioning.is_under_way, 240)
+    wait_until_under_way(captioning, process.pid)
     engines = engines_of(process.pid)
     victims = workers_of(process.pid) if victim == "worker" else [engine.pid for engine in engines]
     assert len(victims) == 1
@@ -155,7 +170,7 @@ def test_server_killed(lake: Lake, checkpoint: Path, tmp_path: Path) -> None:
         options = (f"endpoint.url={url}", "endpoint.concurrency=2", "endpoint.patience_s=2", "endpoint.timeout_s=60")
         captioning = Captioning(lake, tmp_path, "endpoint", checkpoint, *options)
         process = captioning.start()
-        wait_for(captioning.is_under_way, 240)
+        wait_until_under_way(captioning, os.getpid())
     _, said = process.communicate(timeout=240)
     assert process.returncode == 1
     assert "run the same command again" in said
