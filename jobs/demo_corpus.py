@@ -1,10 +1,10 @@
 """A raw corpus made on the spot, with its ground truth: the demo walks the whole road on it, tests check against it.
 
-`shapes/` is the world to be learnt, with exact captions in one manifest, which leaves a hundred clips for a captioner to
-name, and questions with answers about what it names; a few smaller clips, whose shapes start where no other clip of their
-kind does, are for asking what was learnt. `photos/` are real photographs at rest, panned
-and cut together at known frames, with captions in sidecars; `defects/` is what curation must refuse, one file per
-reason; `texts/` is language data. `truth.json` says of every file offered what must become of it.
+`shapes/` is the world to be learnt: exact captions in one manifest, which leaves a hundred clips for a captioner to
+name, and questions with answers about what it names. A few smaller clips, whose shapes start where no other clip of
+their kind does, are for asking what was learnt. `photos/` are real photographs at rest, panned and cut together at
+known frames, with captions in sidecars; `defects/` is what curation must refuse, one file per reason; `texts/` is
+language data. `truth.json` says of every file offered what must become of it.
 
 The same seed and options give the same bytes. Every file is made under another name and then renamed, and the truth
 is written last: a run that was killed is simply run again.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model.vision_tokenizer.tokenizer import TokenizerOutput
 from schemas.errors import SchemaError
+from train.head_loss import HeadLossConfig, weighted_nll
 
 
 @dataclass(frozen=True)
@@ -26,30 +27,35 @@ class Term:
         return self.total / self.weight
 
 
-def weighted_next_token_loss(
-    logits_BLV: Tensor, labels_BL: Tensor, weights_BL: Tensor, vision_offset: int
+def next_token_loss(
+    hidden_BLD: Tensor,
+    head_VD: Tensor,
+    labels_BL: Tensor,
+    weights_BL: Tensor,
+    vision_offset: int,
+    config: HeadLossConfig,
 ) -> dict[str, Term]:
-    """Logits, labels and their weights -> `loss`, the weighted cross-entropy, and plain ones of `text` and `vision`.
+    """Hidden states, head, labels and their weights -> `loss`, the weighted cross-entropy, and plain ones of `text` and
+    `vision`.
 
     `loss` is normalised by the sum of weights (ours: the paper does not say whether by weights or by tokens). Labels
-    from `vision_offset` on are vision tokens; control tokens count as text. Only `loss` carries gradients.
+    from `vision_offset` on are vision tokens; control tokens count as text. Only `loss` carries gradients. Tokens without
+    weight cost nothing.
 
     Raises: SchemaError if every weight is zero.
     Paper: Emu3 report, section 2.4. The weights are decided in schemas.document, not here.
     """
-    if not bool((weights_BL > 0).any()):
+    counted_N = weights_BL.flatten().nonzero().squeeze(1)
+    hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, counted_N)
+    labels_N, weights_N = labels_BL.flatten()[counted_N], weights_BL.flatten()[counted_N]
+    if not len(labels_N):
         raise SchemaError(f"found no label with a weight in a batch of {tuple(labels_BL.shape)}: nothing to learn from")
-    nll_BL = F.cross_entropy(logits_BLV.float().flatten(0, 1), labels_BL.flatten(), reduction="none").view_as(
-        weights_BL
-    )
-    counted_BL = weights_BL > 0
-    vision_BL = counted_BL & (labels_BL >= vision_offset)
-    text_BL = counted_BL & (labels_BL < vision_offset)
-    plain_BL = nll_BL.detach()
+    total, nll_N = weighted_nll(hidden_ND, head_VD, labels_N, weights_N, config)
+    vision_N = labels_N >= vision_offset
     return {
-        "loss": Term((nll_BL * weights_BL).sum(), weights_BL.sum()),
-        "text": Term(plain_BL[text_BL].sum(), text_BL.sum()),
-        "vision": Term(plain_BL[vision_BL].sum(), vision_BL.sum()),
+        "loss": Term(total, weights_N.sum()),
+        "text": Term(nll_N[~vision_N].sum(), (~vision_N).sum()),
+        "vision": Term(nll_N[vision_N].sum(), vision_N.sum()),
     }
 
 

@@ -16,12 +16,19 @@ from model.transformer import TRANSFORMER_SIZES, Transformer, TransformerConfig
 from model.weights import save_language_model
 from schemas.errors import ConfigError
 from train.batches import Rows, SequenceData, SequenceFile, open_sequences, token_batch
+from train.head_loss import HeadLossConfig
 from train.launch import run_training, training_identity
-from train.loop import TrainingConfig, WeightsOnly
-from train.losses import Term, weighted_next_token_loss
+from train.loop import ExecutionConfig, TrainingConfig, WeightsOnly
+from train.losses import Term, next_token_loss
 from train.progress import OnProgress, TrainingResult
 
 OBJECTIVE = "pretrain"
+
+
+class LanguageExecutionConfig(ExecutionConfig):
+    """How the training of a language model runs, which leaves its result alone up to rounding."""
+
+    head_loss: HeadLossConfig = HeadLossConfig()
 
 
 class PretrainConfig(TrainingConfig):
@@ -33,6 +40,7 @@ class PretrainConfig(TrainingConfig):
     size: str = "8b"
     model: dict[str, int | float] = Field(default_factory=dict)
     vision_weight: float = Field(default=0.5, gt=0, le=1)
+    execution: LanguageExecutionConfig = LanguageExecutionConfig()
 
     @model_validator(mode="after")
     def _check_model(self) -> Self:
@@ -72,9 +80,12 @@ class PretrainObjective(WeightsOnly):
     ) -> dict[str, Term]:
         """Rows -> `loss`, and the plain cross-entropies of `text` and `vision`."""
         batch = token_batch(self._file(), rows, self.data, self.config.vision_weight).to(device)
-        logits_BLV = model(batch.tokens_BL, positions_BL=batch.positions_BL, document_ids_BL=batch.document_ids_BL)
-        offset = self.data.vocabulary.vision_offset
-        return weighted_next_token_loss(logits_BLV, batch.labels_BL, batch.weights_BL, offset)
+        assert isinstance(model, Transformer)
+        hidden_BLD = model.hidden(
+            batch.tokens_BL, positions_BL=batch.positions_BL, document_ids_BL=batch.document_ids_BL
+        )
+        offset, how = self.data.vocabulary.vision_offset, self.config.execution.head_loss
+        return next_token_loss(hidden_BLD, model.lm_head.weight, batch.labels_BL, batch.weights_BL, offset, how)
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Weights, vocabulary and text tokenizer as a folder."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from model.transformer import TRANSFORMER_SIZES, Transformer, TransformerConfig, document_positions, transformer_size
-from train.losses import weighted_next_token_loss
+from train.head_loss import HeadLossConfig
+from train.losses import next_token_loss
 
 CONFIG = TransformerConfig(
     vocab_size=300,
@@ -98,7 +99,8 @@ def test_any_config_matches_transformers(seed: int) -> None:
     expected = reference(tokens, labels=tokens)
     torch.testing.assert_close(logits, expected.logits, atol=1e-5, rtol=0)
     labels, weights = tokens[:, 1:], torch.ones(3, 39)
-    loss = weighted_next_token_loss(logits[:, :-1], labels, weights, vision_offset=config.vocab_size)["loss"].mean
+    hidden, head = transformer.hidden(tokens)[:, :-1], transformer.lm_head.weight
+    loss = next_token_loss(hidden, head, labels, weights, config.vocab_size, HeadLossConfig())["loss"].mean
     torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=0)
 
     cache = transformer.new_cache(3, 80)

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 
 from model.vision_tokenizer.tokenizer import TokenizerOutput
 from schemas.errors import SchemaError
-from train.losses import vision_tokenizer_loss, weighted_next_token_loss
+from train.head_loss import HeadLossConfig
+from train.losses import Term, next_token_loss, vision_tokenizer_loss
 
 OFFSET = 20  # ids 20..31 are vision tokens
 
@@ -16,6 +17,12 @@ def _batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     weights = torch.where(labels >= OFFSET, 0.5, 1.0)
     weights[0, 3:] = 0.0
     return logits.requires_grad_(), labels, weights
+
+
+def _terms(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> dict[str, Term]:
+    """Logits as hidden states before a head that changes nothing."""
+    head = torch.eye(logits.shape[-1])
+    return next_token_loss(logits.float(), head, labels, weights, OFFSET, HeadLossConfig(chunk_tokens=4))
 
 
 def test_loss_is_the_definition() -> None:
@@ -30,7 +37,7 @@ def test_loss_is_the_definition() -> None:
             total += weight * nll
             if weight:
                 (vision if labels[row, place] >= OFFSET else text).append(nll)
-    terms = weighted_next_token_loss(logits, labels, weights, OFFSET)
+    terms = _terms(logits, labels, weights)
     assert terms["loss"].mean.item() == pytest.approx(total / weights.sum().item(), rel=1e-6)
     assert terms["vision"].mean.item() == pytest.approx(sum(vision) / len(vision), rel=1e-6)
     assert terms["text"].mean.item() == pytest.approx(sum(text) / len(text), rel=1e-6)
@@ -39,7 +46,7 @@ def test_loss_is_the_definition() -> None:
 def test_loss_and_gradient_are_torchs_class_weighted_cross_entropy() -> None:
     # What UniVLA computes: one weight per class, normalised by the sum of weights.
     logits, labels, weights = _batch()
-    terms = weighted_next_token_loss(logits, labels, weights, OFFSET)
+    terms = _terms(logits, labels, weights)
     (ours,) = torch.autograd.grad(terms["loss"].mean, logits)
     class_weights = torch.where(torch.arange(32) >= OFFSET, 0.5, 1.0)
     ignored = torch.where(weights > 0, labels, -100)
@@ -52,17 +59,15 @@ def test_loss_and_gradient_are_torchs_class_weighted_cross_entropy() -> None:
 def test_equal_weights_are_the_transformers_packages_loss() -> None:
     losses = pytest.importorskip("transformers.loss.loss_utils")
     logits, labels, _ = _batch()
-    ours = weighted_next_token_loss(logits, labels, torch.ones(3, 7), OFFSET)["loss"].mean
+    ours = _terms(logits, labels, torch.ones(3, 7))["loss"].mean
     theirs = losses.ForCausalLMLoss(logits, None, vocab_size=32, shift_labels=labels)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
 
 
 def test_parts_of_a_batch_add_up() -> None:
     logits, labels, weights = _batch()
-    whole = weighted_next_token_loss(logits, labels, weights, OFFSET)
-    parts = [
-        weighted_next_token_loss(logits[rows], labels[rows], weights[rows], OFFSET) for rows in (slice(1), slice(1, 3))
-    ]
+    whole = _terms(logits, labels, weights)
+    parts = [_terms(logits[rows], labels[rows], weights[rows]) for rows in (slice(1), slice(1, 3))]
     for name, term in whole.items():
         total = sum(float(part[name].total) for part in parts)
         weight = sum(float(part[name].weight) for part in parts)
@@ -70,7 +75,7 @@ def test_parts_of_a_batch_add_up() -> None:
 
 
 def test_only_the_weighted_loss_has_gradients() -> None:
-    terms = weighted_next_token_loss(*_batch(), OFFSET)
+    terms = _terms(*_batch())
     assert terms["loss"].total.requires_grad
     assert not terms["text"].total.requires_grad
     assert not terms["vision"].total.requires_grad
@@ -79,7 +84,7 @@ def test_only_the_weighted_loss_has_gradients() -> None:
 def test_a_batch_without_weight_is_refused() -> None:
     logits, labels, _ = _batch()
     with pytest.raises(SchemaError, match="nothing to learn"):
-        weighted_next_token_loss(logits, labels, torch.zeros(3, 7), OFFSET)
+        _terms(logits, labels, torch.zeros(3, 7))
 
 
 def test_tokenizer_loss_is_the_weighted_sum_of_its_parts() -> None:
