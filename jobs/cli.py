@@ -175,6 +175,12 @@ def pack(
         list[Path] | None,
         typer.Option("--conversations", help="Questions and answers about the clips, in LLaVA's layout."),
     ] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            "--like", help="Sequence set whose text tokenizer to use, to go on training a model that read it."
+        ),
+    ] = None,
     overrides: SetOption = None,
     lake: LakeOption = "./lake",
     strict: StrictOption = False,
@@ -185,7 +191,7 @@ def pack(
     from jobs.shipped import load_named
 
     chosen = load_named(PackRecipe, recipe, overrides or ())
-    report = pack_sets(_open(lake), sets, chosen, name, tokenizer, conversations or ())
+    report = pack_sets(_open(lake), sets, chosen, name, tokenizer, conversations or (), like)
     made = "there already" if report.already_there else "packed"
     text = f"{report.num_sequences} sequences, {report.num_tokens} tokens, {report.fill_ratio:.1%} full"
     left = f"; {report.num_without_caption} clips without caption or tokens, {report.num_too_long} documents too long"
@@ -201,6 +207,10 @@ def train(
     data: Annotated[
         str, typer.Option("--data", help="Curated set (vision tokenizer) or sequence set (language model).")
     ],
+    start: Annotated[
+        str | None,
+        typer.Option("--from", help="Language model to begin with: a checkpoint id, latest, or a folder."),
+    ] = None,
     overrides: SetOption = None,
     lake: LakeOption = "./lake",
     json: JsonOption = False,
@@ -209,7 +219,7 @@ def train(
     from jobs.train import load_training_recipe
     from jobs.train import train as run
 
-    report = run(_open(lake), load_training_recipe(recipe, overrides or ()), data)
+    report = run(_open(lake), load_training_recipe(recipe, overrides or ()), data, start)
     made = "found finished" if report.already_there else f"trained to step {report.step}"
     _answer(report, json, f"train {report.objective} on {data}: {made}, checkpoint {report.checkpoint_id}")
 

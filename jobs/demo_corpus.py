@@ -67,12 +67,12 @@ RuleName = Literal["resolution", "duration", "motion", "text", "sharpness", "exp
 class CorpusConfig(Config):
     """How much of everything the corpus holds. The defaults are what the demo trains on in minutes."""
 
-    num_shape_images: int = Field(default=320, ge=0)
+    num_shape_images: int = Field(default=640, ge=0)
     num_shape_videos: int = Field(default=64, ge=0)
     shape_size_px: int = Field(default=512, ge=64, multiple_of=2)
     shape_video_frames: int = Field(default=24, ge=2)
     shape_video_fps: int = Field(default=12, ge=1)
-    num_named_clips: int = Field(default=284, ge=0)
+    num_named_clips: int = Field(default=404, ge=0)
     num_unnamed_clips: int = Field(default=36, ge=0)
     clip_size_px: int = Field(default=192, ge=64, lt=512, multiple_of=2)
     num_unseen_clips: int = Field(default=50, ge=0)

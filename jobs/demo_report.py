@@ -519,7 +519,8 @@ def _training_node(training: Training, name: str, thumbnail: Thumbnail) -> Linea
     captioners = tuple(_captioner_node(captioner, training.data, thumbnail) for captioner in training.captioners)
     media = tuple(_media_nodes(training.data, thumbnail))
     data = LineageNode("data", checkpoint["data_id"], _counts(training.data), None, (*sets, *captioners, *media))
-    return LineageNode("checkpoint", checkpoint["checkpoint_id"], facts, None, (*runs, data))
+    start = () if training.start is None else (_training_node(training.start, "what it began with", thumbnail),)
+    return LineageNode("checkpoint", checkpoint["checkpoint_id"], facts, None, (*runs, data, *start))
 
 
 def _captioner_node(captioner: Captioner, data: Data, thumbnail: Thumbnail) -> LineageNode:

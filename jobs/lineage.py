@@ -1,8 +1,8 @@
 """Lineage: from one generation back to every file that had a part in it, by id and by place.
 
-generation -> checkpoint -> runs; sequence set -> sequences -> clips and texts -> media -> locations; the captions that the
-documents had -> captioner, prompt and the frames that were shown to it; and the same for the vision tokenizer that drew the
-pixels and for captioners of this lake, whose trainings read curated sets.
+generation -> checkpoint -> runs; the checkpoint that it began with; sequence set -> sequences -> clips and texts -> media ->
+locations; the captions that the documents had -> captioner, prompt and the frames that were shown to it; and the same for the
+vision tokenizer that drew the pixels and for captioners of this lake, whose trainings read curated sets.
 """
 
 import json
@@ -63,6 +63,7 @@ class Training:
     sequences: tuple[Row, ...]
     data: Data
     captioners: tuple[Captioner, ...] = ()
+    start: "Training | None" = None
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,10 @@ class _Tracer:
         if not packed and not curated:
             self._missing.append(f"data {data_id} of checkpoint {checkpoint_id}")
         captioners = tuple(self._captioner(one) for one in sorted({row["captioner_id"] for row in captions}))
-        return Training(checkpoint, self._runs(checkpoint), curated, packed, sequences, data, captioners)
+        # Published weights to begin with have no row here: they are named, and nothing is missing.
+        began = self._many(CHECKPOINTS, "checkpoint_id", checkpoint["start_id"] or [], ["checkpoint_id"])
+        start = self._training(began[0]["checkpoint_id"]) if began else None
+        return Training(checkpoint, self._runs(checkpoint), curated, packed, sequences, data, captioners, start)
 
     def _captions(self, wanted: Mapping[str, set[str]], *, written_before: datetime | None = None) -> tuple[Row, ...]:
         """Captioner ids, each with the clips whose captions by it were learnt -> those captions, and the moments whose
@@ -326,7 +330,13 @@ def _training_lines(training: Training) -> Lines:
         lines.append((0, f"curated set {row['name']}  {row['curated_id']}  {row['num_clips']} clips"))
     for captioner in training.captioners:
         lines += _captioner_lines(captioner, training.data)
-    return lines + _data_lines(training.data)
+    lines += _data_lines(training.data)
+    if training.start is not None:
+        lines.append((0, f"began with checkpoint {_checkpoint(training.start)}"))
+        lines += [(1 + depth, line) for depth, line in _training_lines(training.start)]
+    elif training.checkpoint["start_id"]:
+        lines.append((0, f"began with weights {training.checkpoint['start_id']}, which were not trained in this lake"))
+    return lines
 
 
 def _captioner_lines(captioner: Captioner, data: Data) -> Lines:

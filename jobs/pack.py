@@ -151,13 +151,15 @@ def pack_sets(
     name: str,
     tokenizer_id: str | None,
     conversations: Sequence[Path] = (),
+    like: str | None = None,
 ) -> PackReport:
     """Pack the sets, and conversations about their clips, under a new name; the same inputs, recipe and name do nothing.
 
-    `conversations` are files in LLaVA's layout. A conversation that cannot be packed is a row in `attempts`.
+    `conversations` are files in LLaVA's layout. A conversation that cannot be packed is a row in `attempts`. `like` names a
+    sequence set whose ids are used, text tokenizer and all, so that a model that read it can read this one.
 
-    Raises: ConfigError if the name is taken by other content, tokens are missing or made by several tokenizers, or a file
-        cannot be read.
+    Raises: ConfigError if the name is taken by other content, tokens are missing or made by several tokenizers or by
+        another one than those of `like`, or a file cannot be read.
     """
     check_name("sequence set", name)
     set_names = sorted(set(set_names))
@@ -172,7 +174,9 @@ def pack_sets(
     num_without = len(clip_ids) - len(captioned)
     curated_ids = sorted(_curated_id(lake, set_name) for set_name in set_names)
     content = [source.content for source in sources]
-    seqset_id = short_hash([curated_ids, tokenizer_id, recipe.canonical_json(), content])
+    text_json = _ids_of(lake, like, recipe, tokenizer_id) if like is not None else None
+    identity = [curated_ids, tokenizer_id, recipe.canonical_json(), content]
+    seqset_id = short_hash(identity if text_json is None else [*identity, text_json])
     taken = [row for row in lake.read_where(SEQUENCE_SETS, "name", [name]).to_pylist()]
     if taken and taken[0]["seqset_id"] != seqset_id:
         raise ConfigError(
@@ -183,7 +187,11 @@ def pack_sets(
         fill = row["num_tokens"] / (row["num_sequences"] * row["context_len"])
         counts = row["num_sequences"], row["num_tokens"]
         return PackReport(name, seqset_id, *counts, fill, num_without, 0, True, len(refused))
-    text = _text_tokenizer(recipe, [word for source in sources for word in source.words])
+    if text_json is None:
+        text = _text_tokenizer(recipe, [word for source in sources for word in source.words])
+        text_json = canonical_json(text_tokenizer_json(recipe, text))
+    else:
+        text = text_tokenizer_from_json(text_json)
     vocabulary = Vocabulary(text.num_text, recipe.num_codes)
     inputs: dict[str, object] = {"sets": list(set_names), "curated_ids": curated_ids, "tokenizer_id": tokenizer_id}
     if conversations:
@@ -207,7 +215,7 @@ def pack_sets(
             "tokenizer_id": tokenizer_id,
             "recipe": recipe.canonical_json(),
             "vocabulary": vocabulary.to_json(),
-            "text_tokenizer": canonical_json(text_tokenizer_json(recipe, text)),
+            "text_tokenizer": text_json,
             "context_len": recipe.context_len,
             "num_sequences": len(rows),
             "num_tokens": num_tokens,
@@ -223,6 +231,18 @@ def pack_sets(
             run.outcome |= {"conversations": len(chats), "conversations_refused": len(refused)}
     fill = num_tokens / (len(rows) * recipe.context_len)
     return PackReport(name, seqset_id, len(rows), num_tokens, fill, num_without, len(too_long), False, len(refused))
+
+
+def _ids_of(lake: Lake, like: str, recipe: PackRecipe, tokenizer_id: str) -> str:
+    """The stored text tokenizer of a sequence set. Raises: ConfigError if its codes are others than the recipe's."""
+    row = sequence_set(lake, like)
+    num_codes = Vocabulary.from_json(str(row["vocabulary"])).num_codes
+    if (num_codes, row["tokenizer_id"]) != (recipe.num_codes, tokenizer_id):
+        raise ConfigError(
+            f"{like!r} has {num_codes} codes of the vision tokenizer {row['tokenizer_id']}, and these are {recipe.num_codes} "
+            f"of {tokenizer_id}: a model that read it knows no others"
+        )
+    return str(row["text_tokenizer"])
 
 
 def sequence_set(lake: Lake, name: str) -> dict[str, object]:

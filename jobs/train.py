@@ -19,6 +19,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from jobs.captioners import PROVIDED, find_captioner
+from jobs.checkpoints import checkpoint_row
 from jobs.clip_items import clip_items
 from jobs.cluster import ensure_ray, num_cpus
 from jobs.curate import set_row
@@ -27,6 +28,7 @@ from jobs.pack import materialise, sequence_set, text_tokenizer_from_json
 from jobs.progress import Advance, progress
 from jobs.run import recorded
 from jobs.shipped import load_named
+from model.weights import CONFIG_FILE, digest
 from pipeline.caption_prompts import load_prompt
 from pipeline.caption_windows import WindowConfig, window_frames
 from pipeline.frame_chunks import ChunkConfig, frame_chunks
@@ -42,11 +44,12 @@ from schemas.runs import ATTEMPTS
 from schemas.vocabulary import Vocabulary
 from train.batches import FrameData, SequenceData, write_frame_file
 from train.captioner import CaptionData, CaptionerTrainingConfig, CaptionExample, train_captioner, write_examples
-from train.pretrain import PretrainConfig, pretrain
+from train.pretrain import PretrainConfig, Start, pretrain
 from train.progress import Progress, TrainingResult
 from train.vision_tokenizer import TokenizerTrainingConfig, train_vision_tokenizer
 
 Frames = npt.NDArray[np.uint8]
+ID_DIGITS = 16  # of a digest, which name a checkpoint
 
 
 class ExampleConfig(Config):
@@ -104,13 +107,21 @@ def load_training_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Tr
     return recipe
 
 
-def train(lake: Lake, recipe: TrainRecipe, data_name: str) -> TrainReport:
-    """Train on a named set, resuming what was begun; a finished training is found, not repeated."""
+def train(lake: Lake, recipe: TrainRecipe, data_name: str, start: str | None = None) -> TrainReport:
+    """Train on a named set, resuming what was begun; a finished training is found, not repeated.
+
+    `start` names weights to begin with, of a language model: a checkpoint's id, the beginning of one, `latest`, or a folder
+    with published ones.
+    """
+    if recipe.objective == "pretrain":
+        return _pretrain(lake, recipe, data_name, start)
+    if start is not None:
+        raise ConfigError(
+            f"found weights to begin with and the objective {recipe.objective!r}, which begins with fresh ones"
+        )
     if recipe.objective == "vision_tokenizer":
         return _train_vision_tokenizer(lake, recipe, data_name)
-    if recipe.objective == "captioner":
-        return _train_captioner(lake, recipe, data_name)
-    return _pretrain(lake, recipe, data_name)
+    return _train_captioner(lake, recipe, data_name)
 
 
 def _train_vision_tokenizer(lake: Lake, recipe: TrainRecipe, set_name: str) -> TrainReport:
@@ -220,10 +231,11 @@ def _record(
         )
 
 
-def _pretrain(lake: Lake, recipe: TrainRecipe, name: str) -> TrainReport:
+def _pretrain(lake: Lake, recipe: TrainRecipe, name: str, start_name: str | None) -> TrainReport:
     assert recipe.pretrain is not None
     config = recipe.pretrain
     row = sequence_set(lake, name)
+    begin = _start(lake, start_name) if start_name is not None else None
 
     def start(training_id: str, advance: Advance, run_id: str) -> TrainingResult:
         data = SequenceData(
@@ -234,10 +246,20 @@ def _pretrain(lake: Lake, recipe: TrainRecipe, name: str) -> TrainReport:
             text=text_tokenizer_from_json(str(row["text_tokenizer"])),
             context_len=int(str(row["context_len"])),
         )
-        return pretrain(config, data, _storage(lake, training_id), on_progress=_advance(advance))
+        return pretrain(config, data, _storage(lake, training_id), start=begin, on_progress=_advance(advance))
 
-    options = [config.model_dump(mode="json", exclude={"execution"})]
-    return _run(lake, recipe, options, str(row["seqset_id"]), str(row["content_sha256"]), start)
+    options: list[Any] = [config.model_dump(mode="json", exclude={"execution"})]
+    start_id = begin.digest[:ID_DIGITS] if begin else None
+    if begin is not None:
+        options.append(begin.digest)
+    return _run(lake, recipe, options, str(row["seqset_id"]), str(row["content_sha256"]), start, start_id)
+
+
+def _start(lake: Lake, name: str) -> Start:
+    folder = Path(name)
+    if not (folder / CONFIG_FILE).is_file():
+        folder = Path(str(checkpoint_row(lake, name, "pretrain")["uri"]))
+    return Start(folder.resolve(), digest(folder))
 
 
 def _run(
@@ -247,6 +269,7 @@ def _run(
     data_id: str,
     data_sha256: str,
     start: Callable[[str, Advance, str], TrainingResult],
+    start_id: str | None = None,
 ) -> TrainReport:
     """Find the finished training, or run it and register its checkpoint."""
     training_id = short_hash([recipe.objective, options, data_id, data_sha256])
@@ -262,7 +285,7 @@ def _run(
     with recorded(lake, "train", recipe, inputs) as run, progress(f"train {recipe.objective}") as advance:
         ensure_ray()
         result = start(training_id, advance, run.run_id)
-        checkpoint_id = result.checkpoint_digest[:16]
+        checkpoint_id = result.checkpoint_digest[:ID_DIGITS]
         row = {
             "checkpoint_id": checkpoint_id,
             "objective": recipe.objective,
@@ -271,6 +294,7 @@ def _run(
             "data_id": data_id,
             "data_sha256": data_sha256,
             "step": result.step,
+            "start_id": start_id,
             "losses": json.dumps(result.losses),
             "uri": str(result.folder),
         }

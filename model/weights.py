@@ -85,11 +85,30 @@ def load_language_model(
 
     Raises: ConfigError naming what is missing or does not fit.
     """
-    config = transformer_config(_read_config(folder), str(folder / CONFIG_FILE))
+    config, vocabulary, text = describe_language_model(folder)
     with torch.device("meta"):
         transformer = Transformer(config)
+    load_transformer(transformer, folder, device=device, dtype=dtype)
+    return LanguageModel(transformer.eval(), vocabulary, text)
+
+
+def describe_language_model(folder: Path) -> tuple[TransformerConfig, Vocabulary, TextTokenizer]:
+    """A folder as `load_language_model` takes it -> everything but the weights.
+
+    Raises: ConfigError naming what is missing.
+    """
+    config = transformer_config(_read_config(folder), str(folder / CONFIG_FILE))
+    return config, _read_vocabulary(folder, config), load_text_tokenizer(folder)
+
+
+def load_transformer(
+    transformer: Transformer, folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> None:
+    """Give a transformer the weights of a folder as `load_language_model` takes it.
+
+    Raises: ConfigError naming what does not fit.
+    """
     load_tensors(transformer, transformer_tensors(_read_tensors(folder, device, dtype)), str(folder))
-    return LanguageModel(transformer.eval(), _read_vocabulary(folder, config), load_text_tokenizer(folder))
 
 
 def save_vision_tokenizer(folder: Path, tokenizer: VisionTokenizer) -> str:

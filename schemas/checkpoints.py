@@ -17,6 +17,13 @@ CHECKPOINTS = Table(
         Column("data_id", pa.string(), "curated_id or seqset_id of the data"),
         Column("data_sha256", pa.string(), "content hash of the data"),
         Column("step", pa.int64(), "optimizer steps"),
+        Column(
+            "start_id",
+            pa.string(),
+            "the weights that it began with: the first 16 digits of their digest, which is the checkpoint_id if they are of "
+            "this lake; null: fresh ones",
+            nullable=True,
+        ),
         Column("losses", pa.string(), "JSON: list of {step, loss, ...} as logged"),
         Column("uri", pa.string(), "folder of the exported weights", provenance=True),
         RUN_ID,

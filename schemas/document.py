@@ -347,13 +347,25 @@ def parse_document(
     return InterleavedDocument(tuple(parts))
 
 
-def loss_weights(tokens: IntArray, vocabulary: Vocabulary, vision_weight: float = 0.5) -> npt.NDArray[np.float32]:
-    """Tokens of any shape -> the weight of each as a target: `vision_weight` for codes, 1 for everything else.
+@dataclass(frozen=True)
+class TokenWeights:
+    """What each kind of token weighs as a target, 0 if it is not learnt: codes; EOL, EOF and EOI, which stand between
+    codes; and everything else, meta text included.
 
-    EOL, EOF, EOI and the meta text count as text: ours, the paper does not say.
-    Paper: Emu3 report, section 2.4: vision tokens weigh 0.5 so that they do not drown the text.
+    Paper: Emu3 report, section 2.4: vision tokens weigh 0.5 so that they do not drown the text. That the structure weighs
+    like text is ours: the paper does not say.
     """
-    return np.where(vocabulary.is_vision(tokens), vision_weight, 1.0).astype(np.float32)
+
+    vision: float = 0.5
+    structure: float = 1.0
+    text: float = 1.0
+
+
+def loss_weights(tokens: IntArray, vocabulary: Vocabulary, weights: TokenWeights) -> npt.NDArray[np.float32]:
+    """Tokens of any shape -> the weight of each as a target."""
+    found = np.where(vocabulary.is_vision(tokens), weights.vision, weights.text).astype(np.float32)
+    found[np.isin(tokens, (vocabulary.eol, vocabulary.eof, vocabulary.eoi))] = weights.structure
+    return found
 
 
 def text_tokens(string: str, vocabulary: Vocabulary, text: TextCodec) -> Tokens:

@@ -29,11 +29,11 @@ class Config(BaseModel):
         return canonical_json(self.model_dump(mode="json"))
 
 
-def later_option(default: object) -> Any:
+def later_option(default: object, **limits: Any) -> Any:
     """The field of an option that came after ids were given: while it says nothing new it is left out, so that recipes
-    without it keep the ids they had.
+    without it keep the ids they had. `limits` are Field's.
     """
-    return Field(default=default, exclude_if=lambda value: value == default)
+    return Field(default=default, exclude_if=lambda value: value == default, **limits)
 
 
 def canonical_json(value: object) -> str:

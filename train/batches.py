@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from model.text_tokenizer import TextTokenizer
-from schemas.document import loss_weights
+from schemas.document import TokenWeights, loss_weights
 from schemas.errors import ConfigError, SchemaError
 from schemas.sequences import SEGMENT, SPAN
 from schemas.vocabulary import IntArray, Vocabulary
@@ -188,7 +188,7 @@ def _document_lengths(segments: Sequence[Mapping[str, object]], num_tokens: int,
     return lengths
 
 
-def token_batch(file: SequenceFile, rows: Rows, data: SequenceData, vision_weight: float) -> TokenBatch:
+def token_batch(file: SequenceFile, rows: Rows, data: SequenceData, token_weights: TokenWeights) -> TokenBatch:
     """Rows of a sequence file -> a batch padded to the context length.
 
     Raises: SchemaError if a row is longer than the context, or holds an id outside the vocabulary.
@@ -211,7 +211,7 @@ def token_batch(file: SequenceFile, rows: Rows, data: SequenceData, vision_weigh
         tokens[place, : len(ids)] = ids
         labels[place, : len(ids) - 1] = ids[1:]
         labels[place, ends - 1] = vocabulary.pad  # the last token of a document predicts nothing
-        weights[place, : len(ids)] = loss_weights(labels[place, : len(ids)], vocabulary, vision_weight)
+        weights[place, : len(ids)] = loss_weights(labels[place, : len(ids)], vocabulary, token_weights)
         weights[place, ends - 1] = 0.0
         _keep_answers(weights[place], ends, file.answers(int(row)))
         positions[place, : len(ids)] = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)

@@ -37,9 +37,15 @@ WORKER_ENVIRONMENT = {
 }
 
 
-def training_identity(objective_name: str, config: Any, data_id: str, data_sha256: str) -> TrainingIdentity:
-    """An objective's name, its options and its data -> what decides the weights. How it is executed does not."""
+def training_identity(
+    objective_name: str, config: Any, data_id: str, data_sha256: str, start_digest: str | None = None
+) -> TrainingIdentity:
+    """An objective's name, its options, its data and the weights that it begins with -> what decides the weights. How it
+    is executed does not.
+    """
     options = config.model_dump(mode="json", exclude={"execution"})
+    if start_digest is not None:
+        options["start"] = start_digest
     return TrainingIdentity(objective_name, short_hash({"objective": objective_name, **options}), data_id, data_sha256)
 
 

@@ -4,14 +4,16 @@ Shapes: B rows or clips, L tokens, V vocabulary, T frames, C channels, H W pixel
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model.vision_tokenizer.tokenizer import TokenizerOutput
-from schemas.errors import SchemaError
 from train.head_loss import HeadLossConfig, weighted_nll
+
+Normaliser = Literal["weights", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -34,26 +36,27 @@ def next_token_loss(
     weights_BL: Tensor,
     vision_offset: int,
     config: HeadLossConfig,
+    normalise: Normaliser = "weights",
 ) -> dict[str, Term]:
     """Hidden states, head, labels and their weights -> `loss`, the weighted cross-entropy, and plain ones of `text` and
     `vision`.
 
-    `loss` is normalised by the sum of weights (ours: the paper does not say whether by weights or by tokens). Labels
+    `loss` is divided by the sum of weights, or by the number of tokens that have one (the paper does not say which). Labels
     from `vision_offset` on are vision tokens; control tokens count as text. Only `loss` carries gradients. Tokens without
-    weight cost nothing.
+    weight cost nothing; rows may be without any.
 
-    Raises: SchemaError if every weight is zero.
     Paper: Emu3 report, section 2.4. The weights are decided in schemas.document, not here.
     """
     counted_N = weights_BL.flatten().nonzero().squeeze(1)
     hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, counted_N)
     labels_N, weights_N = labels_BL.flatten()[counted_N], weights_BL.flatten()[counted_N]
-    if not len(labels_N):
-        raise SchemaError(f"found no label with a weight in a batch of {tuple(labels_BL.shape)}: nothing to learn from")
-    total, nll_N = weighted_nll(hidden_ND, head_VD, labels_N, weights_N, config)
+    if len(labels_N):
+        total, nll_N = weighted_nll(hidden_ND, head_VD, labels_N, weights_N, config)
+    else:  # the share of one worker: its gradients are zero, not absent
+        total, nll_N = 0.0 * (hidden_BLD.sum() + head_VD.sum()).float(), weights_N
     vision_N = labels_N >= vision_offset
     return {
-        "loss": Term(total, weights_N.sum()),
+        "loss": Term(total, weights_N.sum() if normalise == "weights" else (weights_N > 0).sum()),
         "text": Term(nll_N[~vision_N].sum(), (~vision_N).sum()),
         "vision": Term(nll_N[vision_N].sum(), vision_N.sum()),
     }

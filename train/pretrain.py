@@ -13,16 +13,19 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from model.transformer import TRANSFORMER_SIZES, Transformer, TransformerConfig
-from model.weights import save_language_model
+from model.weights import describe_language_model, load_transformer, save_language_model
+from schemas.document import TokenWeights
 from schemas.errors import ConfigError
+from schemas.recipe import later_option
 from train.batches import Rows, SequenceData, SequenceFile, open_sequences, token_batch
 from train.head_loss import HeadLossConfig
 from train.launch import run_training, training_identity
 from train.loop import ExecutionConfig, TrainingConfig, WeightsOnly
-from train.losses import Term, next_token_loss
+from train.losses import Normaliser, Term, next_token_loss
 from train.progress import OnProgress, TrainingResult
 
 OBJECTIVE = "pretrain"
+MAY_CHANGE = frozenset({"dropout", "max_position_embeddings"})  # from one stage to the next
 
 
 class LanguageExecutionConfig(ExecutionConfig):
@@ -34,12 +37,18 @@ class LanguageExecutionConfig(ExecutionConfig):
 class PretrainConfig(TrainingConfig):
     """Options of a pre-training. `model` changes single numbers of the named size; the vocabulary is the data's.
 
-    Paper: Emu3 report, section 2.4: vision tokens weigh 0.5.
+    Paper: Emu3 report, section 2.4: vision tokens weigh 0.5. A weight of 0 is not learnt, as in section 2.5: quality tuning
+    learns vision tokens alone, understanding learns none.
     """
 
     size: str = "8b"
     model: dict[str, int | float] = Field(default_factory=dict)
-    vision_weight: float = Field(default=0.5, gt=0, le=1)
+    vision_weight: float = Field(default=0.5, ge=0, le=1)
+    structure_weight: float = later_option(1.0, ge=0, le=1)
+    """Of EOL, EOF and EOI, which stand between codes."""
+    text_weight: float = later_option(1.0, ge=0, le=1)
+    normalise: Normaliser = later_option("weights")
+    """What the weighted sum is divided by: the sum of weights, or the number of tokens that have one."""
     execution: LanguageExecutionConfig = LanguageExecutionConfig()
 
     @model_validator(mode="after")
@@ -48,8 +57,15 @@ class PretrainConfig(TrainingConfig):
             raise ValueError(f"found the size {self.size!r}, expected one of {', '.join(TRANSFORMER_SIZES)}")
         if "vocab_size" in self.model:
             raise ValueError("found model.vocab_size, which follows from the data: leave it out")
+        if not (self.vision_weight or self.text_weight):
+            raise ValueError("found vision_weight and text_weight 0, expected one of them to be learnt")
         self.transformer_config(1)
         return self
+
+    @property
+    def token_weights(self) -> TokenWeights:
+        """What each kind of token weighs."""
+        return TokenWeights(self.vision_weight, self.structure_weight, self.text_weight)
 
     def transformer_config(self, vocab_size: int) -> TransformerConfig:
         """The architecture over a vocabulary of this size."""
@@ -58,34 +74,54 @@ class PretrainConfig(TrainingConfig):
 
 
 @dataclass(frozen=True)
+class Start:
+    """Weights to begin with: a folder of ours or as published, and the digest of its tensors."""
+
+    folder: Path
+    digest: str
+
+
+@dataclass(frozen=True)
 class PretrainObjective(WeightsOnly):
-    """Packed rows -> the weighted next-token loss of a transformer."""
+    """Packed rows -> the weighted next-token loss of a transformer, which begins with `weights`, a folder's, or afresh."""
 
     config: PretrainConfig
     data: SequenceData
+    weights: Path | None = None
 
     def num_rows(self) -> int:
         """Rows of the data."""
         return len(self._file())
 
     def build_model(self) -> nn.Module:
-        """A fresh transformer, whose padding row is zero."""
+        """A transformer of the weights to begin with, or a fresh one, whose padding row is zero."""
         vocabulary = self.data.vocabulary
         model = Transformer(self.config.transformer_config(vocabulary.size))
-        model.init_weights(vocabulary.pad)
+        if self.weights is None:
+            model.init_weights(vocabulary.pad)
+        else:
+            load_transformer(model, self.weights, dtype=torch.float32)
         return model
 
     def loss(
         self, model: nn.Module, rows: Rows, step: int, device: torch.device, state: dict[str, Tensor]
     ) -> dict[str, Term]:
         """Rows -> `loss`, and the plain cross-entropies of `text` and `vision`."""
-        batch = token_batch(self._file(), rows, self.data, self.config.vision_weight).to(device)
+        config = self.config
+        batch = token_batch(self._file(), rows, self.data, config.token_weights).to(device)
         assert isinstance(model, Transformer)
         hidden_BLD = model.hidden(
             batch.tokens_BL, positions_BL=batch.positions_BL, document_ids_BL=batch.document_ids_BL
         )
-        offset, how = self.data.vocabulary.vision_offset, self.config.execution.head_loss
-        return next_token_loss(hidden_BLD, model.lm_head.weight, batch.labels_BL, batch.weights_BL, offset, how)
+        return next_token_loss(
+            hidden_BLD,
+            model.lm_head.weight,
+            batch.labels_BL,
+            batch.weights_BL,
+            self.data.vocabulary.vision_offset,
+            config.execution.head_loss,
+            config.normalise,
+        )
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Weights, vocabulary and text tokenizer as a folder."""
@@ -97,13 +133,21 @@ class PretrainObjective(WeightsOnly):
 
 
 def pretrain(
-    config: PretrainConfig, data: SequenceData, storage: Path, *, on_progress: OnProgress | None = None
+    config: PretrainConfig,
+    data: SequenceData,
+    storage: Path,
+    *,
+    start: Start | None = None,
+    on_progress: OnProgress | None = None,
 ) -> TrainingResult:
-    """Packed sequences -> a trained language model in `storage`; at once if `storage` already holds it finished.
+    """Packed sequences -> a trained language model in `storage`; at once if `storage` already holds it finished. It begins
+    with fresh weights, or where `start` ended.
 
-    Raises: ConfigError if options, data, folder or cluster do not fit one another.
+    Raises: ConfigError if options, data, start, folder or cluster do not fit one another.
     """
-    objective = PretrainObjective(config, data)
+    objective = PretrainObjective(config, data, start.folder if start else None)
+    if start is not None:
+        _check_start(start, config, data)
     longest = config.transformer_config(data.vocabulary.size).max_position_embeddings
     if data.context_len > longest:
         raise ConfigError(
@@ -112,5 +156,25 @@ def pretrain(
         )
     if objective.num_rows() == 0:
         raise ConfigError(f"found no sequence in {data.path}: pack a set that holds documents")
-    identity = training_identity(OBJECTIVE, config, data.data_id, data.sha256)
+    identity = training_identity(OBJECTIVE, config, data.data_id, data.sha256, start.digest if start else None)
     return run_training(objective, identity, storage, on_progress)
+
+
+def _check_start(start: Start, config: PretrainConfig, data: SequenceData) -> None:
+    """Raises: ConfigError if the weights are of another architecture than the recipe's, or the sequences are written in
+    other ids than those that the weights know.
+    """
+    found, vocabulary, text = describe_language_model(start.folder)
+    if vocabulary != data.vocabulary or text.to_json() != data.text.to_json():
+        raise ConfigError(
+            f"the sequences {data.data_id} are written in {data.vocabulary}, and {start.folder} knows {vocabulary}, or "
+            "another text tokenizer: pack them with --like a sequence set that its training read"
+        )
+    wanted = config.transformer_config(vocabulary.size)
+    other = [
+        f"{name} {theirs}, recipe {getattr(wanted, name)}"
+        for name, theirs in found.model_dump().items()
+        if name not in MAY_CHANGE and theirs != getattr(wanted, name)
+    ]
+    if other:
+        raise ConfigError(f"{start.folder} is another architecture than the recipe's: {'; '.join(other)}")

@@ -27,7 +27,14 @@ ALL = CurateRecipe(resolution=Bounds(low=1))
 
 
 def checkpoint(
-    lake: Lake, name: str, objective: str, data_id: str, *, killed_first: bool = False, recipe: str = "{}"
+    lake: Lake,
+    name: str,
+    objective: str,
+    data_id: str,
+    *,
+    killed_first: bool = False,
+    recipe: str = "{}",
+    start_id: str | None = None,
 ) -> str:
     """A training of its own, in a run of its own; with `killed_first` one that broke off and was resumed."""
     training = {"training_id": f"training-{name}"}
@@ -35,7 +42,8 @@ def checkpoint(
         with pytest.raises(KeyboardInterrupt), recorded(lake, "train", {}, training):
             raise KeyboardInterrupt
     with recorded(lake, "train", {}, training) as run:
-        row = {"checkpoint_id": name, "objective": objective, "recipe": recipe, "data_id": data_id, "data_sha256": "x"}
+        row: dict[str, Any] = {"checkpoint_id": name, "objective": objective, "recipe": recipe, "start_id": start_id}
+        row |= {"data_id": data_id, "data_sha256": "x"}
         lake.append(
             CHECKPOINTS, [{**row, **training, "step": 10, "losses": "[]", "uri": f"/models/{name}"}], run.run_id
         )
@@ -117,7 +125,10 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Lake:
     checkpoint(made, "namer", "captioner", set_row(made, "all")["curated_id"], recipe=examples)
     whose = dict.fromkeys(kept[1:-1], "provided") | {kept[0]: "named"}
     seqset_id = pack(made, "packed", "kept", kept, ["seen"], whose)
-    checkpoint(made, "model", "pretrain", seqset_id, killed_first=True)
+    checkpoint(made, "model", "pretrain", seqset_id, killed_first=True, start_id="elsewhere")
+    tuned = pack(made, "tuned", "kept", kept[:2], [], {kept[1]: "provided"})
+    checkpoint(made, "tuned", "pretrain", tuned, start_id="model")
+    generation(made, "tuned-1", "tuned")
     generation(made, "gen-abc1", "model")
     generation(made, "gen-abc2", "model", continued=clip_id(f"{3:016x}", 0, 2000))
     generation(made, "gen-lost", "gone")
@@ -145,6 +156,22 @@ def test_a_generation_leads_to_every_file_that_its_model_saw(lake: Lake) -> None
     assert [row["seq_index"] for row in training.sequences] == [0, 1, 2, 3]
     items = [item["item_id"] for row in training.sequences for item in row["segments"]]
     assert items == [*expected(range(NUM)), "seen"]
+
+
+def test_a_tuned_model_leads_to_what_the_one_before_it_saw(lake: Lake, capsys: pytest.CaptureFixture[str]) -> None:
+    found = trace(lake, "tuned-1")
+    assert found.missing == ()
+    assert found.training is not None
+    assert len(found.training.data.clips) == 2
+    before = found.training.start
+    assert before is not None
+    assert before.checkpoint["checkpoint_id"] == "model"
+    assert [clip["clip_id"] for clip in before.data.clips] == expected(range(NUM))
+    assert before.start is None
+    print_trace(found, as_json=False)
+    said = capsys.readouterr().out
+    assert "began with checkpoint model  pretrain, step 10" in said
+    assert "began with weights elsewhere, which were not trained in this lake" in said
 
 
 def test_runs_are_those_of_the_training_with_their_ends(lake: Lake) -> None:
@@ -192,9 +219,9 @@ def test_a_continued_clip_is_part_of_the_lineage(lake: Lake) -> None:
 
 def test_a_unique_beginning_is_enough(lake: Lake) -> None:
     assert trace(lake, "gen-l").generation["generation_id"] == "gen-lost"
-    with pytest.raises(ConfigError, match=r"begins 2 of 3 generation ids, expected one; they are gen-abc1, gen-abc2"):
+    with pytest.raises(ConfigError, match=r"begins 2 of 4 generation ids, expected one; they are gen-abc1, gen-abc2"):
         trace(lake, "gen-abc")
-    with pytest.raises(ConfigError, match="begins 0 of 3"):
+    with pytest.raises(ConfigError, match="begins 0 of 4"):
         trace(lake, "nothing")
 
 

@@ -81,6 +81,21 @@ def test_what_cannot_be_packed_takes_no_name(lake: Lake, asked: dict[str, object
     assert len(lake.read(SEQUENCE_SETS)) == 0
 
 
+def test_a_later_set_is_written_in_the_ids_of_an_earlier_one(lake: Lake) -> None:
+    first = pack_sets(lake, ["all"], PACK, "first", None)
+    lake.append(TEXTS, [{"text_id": "two", "text": "zebras quietly zigzag", "uri": "/b.txt", "row": 0}], "i")
+    plain, like = (pack_sets(lake, ["kept"], PACK, f"kept-{name}", None, like=name) for name in (None, "first"))
+    rows = {row["seqset_id"]: row for row in lake.read(SEQUENCE_SETS).to_pylist()}
+    assert rows[like.seqset_id]["text_tokenizer"] == rows[first.seqset_id]["text_tokenizer"]
+    assert rows[plain.seqset_id]["text_tokenizer"] != rows[first.seqset_id]["text_tokenizer"]
+    assert rows[like.seqset_id]["vocabulary"] == rows[first.seqset_id]["vocabulary"]
+    assert pack_sets(lake, ["kept"], PACK, "kept-first", None, like="first").already_there
+    with pytest.raises(ConfigError, match="a model that read it knows no others"):
+        pack_sets(lake, ["kept"], PACK.model_copy(update={"num_codes": 17}), "other", None, like="first")
+    with pytest.raises(ConfigError, match="there is no sequence set 'nothing'"):
+        pack_sets(lake, ["kept"], PACK, "other", None, like="nothing")
+
+
 def test_captions_are_those_of_the_captioner_asked_for_and_none_that_failed_a_check(lake: Lake) -> None:
     clips = expected(range(NUM))
     span = {"window": 0, "window_start_ms": 0, "window_end_ms": 2000, "engine": "vllm"}

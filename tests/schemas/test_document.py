@@ -16,6 +16,7 @@ from schemas.document import (
     Kind,
     MetaTemplate,
     TextDocument,
+    TokenWeights,
     VisionBlock,
     VisionDocument,
     loss_weights,
@@ -225,8 +226,17 @@ def test_errors_survive_pickling() -> None:
 
 def test_codes_weigh_half() -> None:
     tokens = write_document(VisionDocument(VisionBlock("image", np.zeros((1, 2, 2), np.int64)), "x"), SMALL, Bytes())
-    weights = loss_weights(tokens, SMALL)
+    weights = loss_weights(tokens, SMALL, TokenWeights())
     assert weights.dtype == np.float32
     assert (weights[SMALL.is_vision(tokens)] == 0.5).all()
     assert (weights[~SMALL.is_vision(tokens)] == 1.0).all()
     assert int(SMALL.is_vision(tokens).sum()) == 4
+
+
+def test_what_stands_between_codes_can_weigh_otherwise() -> None:
+    tokens = write_document(VisionDocument(VisionBlock("image", np.zeros((1, 2, 2), np.int64)), "x"), SMALL, Bytes())
+    weights = loss_weights(tokens, SMALL, TokenWeights(vision=1.0, structure=0.25, text=0.0))
+    structure = [SMALL.eol, SMALL.eol, SMALL.eof, SMALL.eoi]
+    assert [token for token, weight in zip(tokens, weights, strict=True) if weight == 0.25] == structure
+    assert (weights[SMALL.is_vision(tokens)] == 1.0).all()
+    assert set(tokens[weights == 0].tolist()) >= {SMALL.bos, SMALL.boi, SMALL.img, SMALL.eos, ord("x")}

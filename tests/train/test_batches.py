@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.chat import Exchange, write_chat
-from schemas.document import VisionBlock
+from schemas.document import TokenWeights, VisionBlock
 from schemas.errors import ConfigError, SchemaError
 from schemas.vocabulary import Vocabulary
 from tests.train.small_data import CONTEXT_LEN, VOCABULARY, documents, frame_data, sequence_data, text_tokenizer
@@ -77,7 +77,7 @@ def test_segments_must_cover_their_row(tmp_path: Path, spans: list[tuple[int, in
 def test_batch_against_the_documents_one_by_one(tmp_path: Path) -> None:
     data = sequence_data(tmp_path)
     file = SequenceFile(data.path)
-    batch = token_batch(file, np.array([4, 1, 9]), data, 0.5)
+    batch = token_batch(file, np.array([4, 1, 9]), data, TokenWeights())
     for place, row in enumerate((4, 1, 9)):
         at = 0
         for number, segment in enumerate(file.segments(row)):
@@ -99,7 +99,7 @@ def test_batch_against_the_documents_one_by_one(tmp_path: Path) -> None:
 def test_no_label_crosses_a_document(tmp_path: Path) -> None:
     # Every document starts with BOS, and no document holds another one, so a weighted BOS label would be a crossing.
     data = sequence_data(tmp_path, num_rows=30)
-    batch = token_batch(SequenceFile(data.path), np.arange(30), data, 0.5)
+    batch = token_batch(SequenceFile(data.path), np.arange(30), data, TokenWeights())
     assert int((batch.tokens_BL == VOCABULARY.bos).sum()) == 60
     assert not ((batch.labels_BL == VOCABULARY.bos) & (batch.weights_BL > 0)).any()
     assert ((batch.labels_BL == VOCABULARY.eos) & (batch.weights_BL > 0)).sum() == 60
@@ -114,7 +114,7 @@ def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     small = SequenceData(path, "a", "a", Vocabulary(10, 16), text_tokenizer(), CONTEXT_LEN)
     for data in (short, small):
         with pytest.raises(SchemaError, match="row 0"):
-            token_batch(SequenceFile(path), np.array([0]), data, 0.5)
+            token_batch(SequenceFile(path), np.array([0]), data, TokenWeights())
 
 
 def test_frames_come_back_as_written(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_of_a_conversation_only_the_answers_are_learnt(tmp_path: Path) -> None:
     path = tmp_path / "rows.arrow"
     write_sequence_file(path, rows, segments, spans)
     data = SequenceData(path, "a", "a", VOCABULARY, text, 512)
-    batch = token_batch(SequenceFile(path), np.array([0, 1]), data, 0.5)
+    batch = token_batch(SequenceFile(path), np.array([0, 1]), data, TokenWeights())
     inside = slice(len(plain[0]), len(plain[0]) + len(chat))
     learnt = batch.labels_BL[0, inside][batch.weights_BL[0, inside] > 0]
     expected = [*text.encode("red"), VOCABULARY.eos, *text.encode("circle"), VOCABULARY.eos]

@@ -33,7 +33,7 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Killed(PretrainObjective):
     """Kills its own process after some steps, once."""
 

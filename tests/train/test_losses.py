@@ -3,7 +3,6 @@ import torch
 import torch.nn.functional as F
 
 from model.vision_tokenizer.tokenizer import TokenizerOutput
-from schemas.errors import SchemaError
 from train.head_loss import HeadLossConfig
 from train.losses import Term, next_token_loss, vision_tokenizer_loss
 
@@ -81,10 +80,22 @@ def test_only_the_weighted_loss_has_gradients() -> None:
     assert not terms["vision"].total.requires_grad
 
 
-def test_a_batch_without_weight_is_refused() -> None:
+def test_rows_without_weight_have_gradients_of_zero() -> None:
     logits, labels, _ = _batch()
-    with pytest.raises(SchemaError, match="nothing to learn"):
-        _terms(logits, labels, torch.zeros(3, 7))
+    term = _terms(logits, labels, torch.zeros(3, 7))["loss"]
+    (gradient,) = torch.autograd.grad(term.total, logits)
+    assert float(term.weight) == float(term.total.detach()) == 0.0
+    assert not gradient.any()
+
+
+def test_the_sum_is_divided_by_weights_or_by_tokens() -> None:
+    logits, labels, weights = _batch()
+    terms = [
+        next_token_loss(logits.float(), torch.eye(32), labels, weights, OFFSET, HeadLossConfig(), normalise)["loss"]
+        for normalise in ("weights", "tokens")
+    ]
+    assert terms[0].total.item() == terms[1].total.item()
+    assert [float(term.weight) for term in terms] == [float(weights.sum()), float((weights > 0).sum())]
 
 
 def test_tokenizer_loss_is_the_weighted_sum_of_its_parts() -> None:

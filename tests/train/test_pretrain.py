@@ -6,10 +6,16 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from model.text_tokenizer import TinyBpe
+from model.transformer import Transformer
+from model.weights import digest
 from schemas.errors import ConfigError
+from schemas.vocabulary import Vocabulary
 from tests.train.small_data import VOCABULARY, pretrain_config, sequence_data
 from train.batches import SequenceFile, write_sequence_file
-from train.pretrain import PretrainConfig, PretrainObjective, pretrain
+from train.launch import training_identity
+from train.loop import run_loop
+from train.pretrain import PretrainConfig, PretrainObjective, Start, pretrain
 
 
 def test_a_packed_row_costs_what_its_documents_cost_alone(tmp_path: Path) -> None:
@@ -61,6 +67,70 @@ def test_published_defaults_are_the_papers() -> None:
     config = PretrainConfig(steps=1, batch_size=1)
     assert (config.size, config.vision_weight, config.optim.learning_rate) == ("8b", 0.5, 5e-5)
     assert config.transformer_config(184_622).dropout == 0.1
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """Weights of a short training."""
+    folder = tmp_path_factory.mktemp("begun")
+    objective = PretrainObjective(pretrain_config(steps=2), sequence_data(folder))
+    run_loop(objective, training_identity("pretrain", objective.config, "data", "sha"), folder / "run")
+    return Start(folder / "run" / "weights", digest(folder / "run" / "weights"))
+
+
+def test_a_later_stage_begins_where_the_one_before_ended(begun: Start, tmp_path: Path) -> None:
+    config = pretrain_config(steps=30, model={"dropout": 0.3, "max_position_embeddings": 256}, text_weight=0.0)
+    objective = PretrainObjective(config, sequence_data(tmp_path), begun.folder)
+    model = objective.build_model()
+    assert digest(model) == begun.digest
+    assert isinstance(model, Transformer)
+    assert (model.config.dropout, model.config.max_position_embeddings) == (0.3, 256)
+    fresh = PretrainObjective(config, sequence_data(tmp_path)).build_model()
+    assert digest(fresh) != begun.digest
+
+
+def test_the_identity_of_a_training_names_where_it_began() -> None:
+    config = pretrain_config()
+    identities = [training_identity("pretrain", config, "data", "sha", start) for start in (None, "a", "b")]
+    assert len({identity.config_hash for identity in identities}) == 3
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [({"num_layers": 3}, "num_layers 2, recipe 3"), ({"rope_theta": 7.0}, "rope_theta 1000000.0, recipe 7")],
+)
+def test_weights_of_another_architecture_are_refused(
+    begun: Start, tmp_path: Path, model: dict[str, float], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        pretrain(pretrain_config(model=model), sequence_data(tmp_path), tmp_path / "run", start=begun)
+
+
+def test_sequences_in_other_ids_are_refused(begun: Start, tmp_path: Path) -> None:
+    data = sequence_data(tmp_path)
+    other_text = dataclasses.replace(data, text=TinyBpe.train(["another text"] * 3, 260))
+    other_codes = dataclasses.replace(data, vocabulary=Vocabulary(256, 32))
+    for other in (other_text, other_codes):
+        with pytest.raises(ConfigError, match="pack them with --like"):
+            pretrain(pretrain_config(), other, tmp_path / "run", start=begun)
+
+
+def test_only_what_weighs_is_learnt(tmp_path: Path) -> None:
+    data = sequence_data(tmp_path)
+    rows, device = np.arange(6), torch.device("cpu")
+    terms = {}
+    for name, weights in {
+        "vision": {"text_weight": 0.0, "structure_weight": 0.0},
+        "text": {"vision_weight": 0.0},
+    }.items():
+        objective = PretrainObjective(pretrain_config(**weights), data)
+        torch.manual_seed(0)
+        terms[name] = objective.loss(objective.build_model(), rows, 0, device, {})
+    for name, other in (("vision", "text"), ("text", "vision")):
+        assert float(terms[name][name].weight) > 0
+        assert float(terms[name][other].weight) == 0
+    with pytest.raises(ValidationError, match="expected one of them to be learnt"):
+        pretrain_config(vision_weight=0.0, text_weight=0.0)
 
 
 def test_wrong_models_are_refused() -> None:
