@@ -66,6 +66,8 @@ class PackRecipe(Config):
     captioner: str | None = later_option(None)
     """Whose captions: `provided`, an id or the beginning of one. None: of each clip those of whoever captioned most."""
     include_texts: bool = True
+    split_texts: bool = later_option(False)
+    """Texts may be cut where a row ends, to fill what images and clips leave free; those stay whole."""
     seed: int = 0
     text_tokenizer: TextTokenizerRecipe = TextTokenizerRecipe()
 
@@ -205,7 +207,7 @@ def pack_sets(
         failures = [_attempt(source, length, seqset_id, recipe) for source, length in too_long]
         failures += [attempt_row("pack", seqset_id, uri, error, uri=uri) for uri, error in refused]
         lake.append(ATTEMPTS, failures, run.run_id)
-        rows = pack(documents, recipe.context_len, recipe.seed)
+        rows = pack(documents, recipe.context_len, recipe.seed, split_texts=recipe.split_texts)
         lake.append(SEQUENCES, sequence_rows(rows, seqset_id), run.run_id)
         num_tokens = sum(row.num_tokens for row in rows)
         set_row = {
@@ -450,7 +452,8 @@ def _documents(
     documents, too_long = [], []
     for source in sources:
         document = _document(source, vocabulary, text, recipe)
-        if len(document.tokens) > recipe.context_len:
+        is_whole = document.kind != "text" or not recipe.split_texts
+        if is_whole and len(document.tokens) > recipe.context_len:
             too_long.append((source, len(document.tokens)))
         else:
             documents.append(document)
@@ -481,6 +484,6 @@ def _draw(recipe: PackRecipe, what: str, source: _Source) -> float:
 
 
 def _attempt(source: _Source | _ChatSource, length: int, seqset_id: str, recipe: PackRecipe) -> dict[str, object]:
-    error = RowError("DocumentTooLong", f"{length} tokens, and a row holds {recipe.context_len}; whole documents only")
+    error = RowError("DocumentTooLong", f"{length} tokens, and a row holds {recipe.context_len}; it is not split")
     uri = source.uri if isinstance(source, _ChatSource) else None
     return attempt_row("pack", seqset_id, source.item_id, error, uri=uri)

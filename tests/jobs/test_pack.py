@@ -81,6 +81,19 @@ def test_what_cannot_be_packed_takes_no_name(lake: Lake, asked: dict[str, object
     assert len(lake.read(SEQUENCE_SETS)) == 0
 
 
+def test_texts_may_be_split_and_are_then_never_too_long(lake: Lake) -> None:
+    lake.append(TEXTS, [{"text_id": "long", "text": "all work and no play " * 40, "uri": "/b.txt", "row": 0}], "i")
+    recipe = PACK.model_copy(update={"context_len": 64})
+    whole = pack_sets(lake, ["kept"], recipe, "whole", None)
+    split = pack_sets(lake, ["kept"], recipe.model_copy(update={"split_texts": True}), "split", None)
+    assert (whole.num_too_long, split.num_too_long) == (1, 0)
+    rows = lake.read_where(SEQUENCES, "seqset_id", [split.seqset_id], ["segments", "num_tokens"]).to_pylist()
+    segments = [item for row in rows for item in row["segments"]]
+    assert sum(item["item_id"] == "long" for item in segments) > 1
+    assert sorted({item["item_id"] for item in segments}) == sorted([*expected(range(NUM)), "one", "long"])
+    assert max(row["num_tokens"] for row in rows) <= 64
+
+
 def test_a_later_set_is_written_in_the_ids_of_an_earlier_one(lake: Lake) -> None:
     first = pack_sets(lake, ["all"], PACK, "first", None)
     lake.append(TEXTS, [{"text_id": "two", "text": "zebras quietly zigzag", "uri": "/b.txt", "row": 0}], "i")

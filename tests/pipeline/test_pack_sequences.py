@@ -1,12 +1,13 @@
-"""Packing keeps every document whole, fills rows, and depends on nothing but documents and seed."""
+"""Packing keeps pictures whole, fills rows, and depends on nothing but documents and seed."""
 
 import zlib
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.pack_sequences import PackedDocument, pack, sequence_rows
+from pipeline.pack_sequences import MIN_PIECE, PackedDocument, pack, sequence_rows
 
 
 def documents(lengths: list[int]) -> list[PackedDocument]:
@@ -61,3 +62,40 @@ def test_another_seed_orders_rows_anew_and_holds_the_same() -> None:
     ids = [[document.item_id for row in rows for document in row.documents] for rows in (first, second)]
     assert ids[0] != ids[1]
     assert sorted(ids[0]) == sorted(ids[1])
+
+
+@given(st.lists(st.integers(1, 700), min_size=1, max_size=60), st.integers(64, 300), st.integers(0, 5))
+@settings(max_examples=80, deadline=None)
+def test_split_texts_come_back_whole_and_pictures_are_never_split(
+    lengths: list[int], context_len: int, seed: int
+) -> None:
+    made = [replace(doc, tokens=np.arange(len(doc.tokens), dtype=np.uint32)) for doc in documents(lengths)]
+    made = [doc for doc in made if doc.kind == "text" or len(doc.tokens) <= context_len]
+    rows = pack(made, context_len, seed, split_texts=True)
+    assert all(0 < row.num_tokens <= context_len for row in rows)
+    pieces: dict[str, list[list[int]]] = {}
+    for row in rows:
+        for document in row.documents:
+            pieces.setdefault(document.item_id, []).append(document.tokens.tolist())
+    assert pieces.keys() == {document.item_id for document in made}
+    for document in made:
+        found = sorted(pieces[document.item_id])
+        assert document.kind == "text" or len(found) == 1
+        assert [token for piece in found for token in piece] == document.tokens.tolist()
+        assert len(found) == 1 or min(map(len, found)) >= min(MIN_PIECE, context_len // 4)
+
+
+def test_text_fills_what_pictures_leave_free() -> None:
+    # Documents of Emu3's first stage: images of about 64 x 64 codes in seven shapes, and texts, at context 5,120.
+    rng = np.random.default_rng(0)
+    sides = [(64, 64), (56, 73), (73, 56), (52, 79), (79, 52), (48, 85), (85, 48)]
+    images = [h * (w + 1) + int(rng.integers(20, 120)) for h, w in (sides[i] for i in rng.integers(0, 7, 600))]
+    texts = np.clip(np.exp(rng.normal(6.2, 1.1, 1500)).astype(int), 8, 20_000).tolist()
+    made = [PackedDocument("image", f"i{n:05d}", np.zeros(length, np.uint32)) for n, length in enumerate(images)]
+    made += [PackedDocument("text", f"t{n:05d}", np.zeros(length, np.uint32)) for n, length in enumerate(texts)]
+    whole = [doc for doc in made if len(doc.tokens) <= 5120]
+    rows = pack(made, 5120, 0, split_texts=True)
+    fill = sum(row.num_tokens for row in rows) / (5120 * len(rows))
+    plain = pack(whole, 5120, 0)
+    assert fill >= 0.99
+    assert sum(row.num_tokens for row in plain) / (5120 * len(plain)) < fill
