@@ -25,7 +25,7 @@ from schemas.recipe import Config
 from train.batches import Rows, batch_indices, worker_share
 from train.checkpoint import TrainingIdentity, restore_latest, save_checkpoint
 from train.files import write_text
-from train.losses import Term
+from train.losses import Term, sum_of
 from train.optim import OptimConfig, build_optimizers, learning_rate, set_learning_rate
 from train.parallelize import barrier, num_workers, rank, reduce_step, share_batch_norm
 from train.progress import ProgressLog, read_losses
@@ -88,6 +88,10 @@ class Objective(Protocol):
         """Called once, before step 0, on all workers alike."""
         ...
 
+    def parts(self, rows: Rows) -> Sequence[Rows]:
+        """A worker's rows of a step -> those that go through the network together; gradients of all parts are added."""
+        ...
+
     def loss(
         self, model: nn.Module, rows: Rows, step: int, device: torch.device, state: dict[str, Tensor]
     ) -> dict[str, Term]:
@@ -104,7 +108,13 @@ class Objective(Protocol):
 
 
 class WeightsOnly:
-    """What most objectives have in common: nothing but weights is kept, and nothing is done around the steps."""
+    """What most objectives have in common: rows go through the network together, nothing but weights is kept, and nothing is
+    done around the steps.
+    """
+
+    def parts(self, rows: Rows) -> Sequence[Rows]:
+        """All rows together."""
+        return [rows]
 
     def initial_state(self, model: nn.Module) -> dict[str, Tensor]:
         """Nothing but weights."""
@@ -215,9 +225,12 @@ def _train_step(
         batch_indices(config.seed, step, config.batch_size, objective.num_rows()), rank(), num_workers()
     )
     model.zero_grad(set_to_none=True)
-    terms = objective.loss(model, rows, step, device, state)
-    terms["loss"].total.backward()
-    figures = reduce_step(model, terms)
+    found = []
+    for part in objective.parts(rows):
+        terms = objective.loss(model, part, step, device, state)
+        terms["loss"].total.backward()
+        found.append({name: Term(term.total.detach(), term.weight) for name, term in terms.items()})
+    figures = reduce_step(model, {name: sum_of([terms[name] for terms in found]) for name in found[0]})
     norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm))
     rate = learning_rate(config.optim, step, config.steps)
     if not norm < float("inf"):

@@ -3,6 +3,7 @@
 Shapes: B rows or clips, L tokens, V vocabulary, T frames, C channels, H W pixels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,11 @@ class Term:
     def mean(self) -> Tensor:
         """The figure itself; NaN where nothing was weighed."""
         return self.total / self.weight
+
+
+def sum_of(terms: Sequence[Term]) -> Term:
+    """The same figure of several parts -> that of all of them."""
+    return Term(torch.stack([term.total for term in terms]).sum(), torch.stack([term.weight for term in terms]).sum())
 
 
 def next_token_loss(

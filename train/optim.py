@@ -15,11 +15,13 @@ from schemas.recipe import Config, later_option
 class OptimConfig(Config):
     """How weights are updated. Defaults are ours where the paper is silent, which is everywhere but the learning rate.
 
-    Paper: Emu3 report, section 2.4: learning rate 5e-5, cosine to zero.
+    Paper: Emu3 report, section 2.4: learning rate 5e-5, cosine to zero; section 2.5.1: linear to zero.
     """
 
     learning_rate: float = Field(default=5e-5, gt=0)
     warmup_steps: int = Field(default=0, ge=0)
+    schedule: Literal["cosine", "linear"] = later_option("cosine")
+    """How the learning rate falls to zero after the warm-up: cosine in pretraining, linear in quality tuning."""
     weight_decay: float = Field(default=0.1, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
@@ -29,10 +31,12 @@ class OptimConfig(Config):
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Step (from 0) of `steps` -> its learning rate: a linear warm-up, then a cosine that ends at zero."""
+    """Step (from 0) of `steps` -> its learning rate: a linear warm-up, then a cosine or a line that ends at zero."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    if config.schedule == "linear":
+        return config.learning_rate * max(0.0, 1.0 - done)
     return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 
 

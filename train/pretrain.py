@@ -4,6 +4,7 @@ Both stages of the published recipe are this objective with other data: stage 1 
 video as well at context 131072.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -32,6 +33,8 @@ class LanguageExecutionConfig(ExecutionConfig):
     """How the training of a language model runs, which leaves its result alone up to rounding."""
 
     head_loss: HeadLossConfig = HeadLossConfig()
+    rows_at_once: int | None = Field(default=None, ge=1)
+    """Rows that go through the network together on a worker, whose memory it sets; gradients are added. None: all of them."""
 
 
 class PretrainConfig(TrainingConfig):
@@ -102,6 +105,11 @@ class PretrainObjective(WeightsOnly):
         else:
             load_transformer(model, self.weights, dtype=torch.float32)
         return model
+
+    def parts(self, rows: Rows) -> Sequence[Rows]:
+        """Rows in groups of `rows_at_once`."""
+        size = self.config.execution.rows_at_once or len(rows)
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def loss(
         self, model: nn.Module, rows: Rows, step: int, device: torch.device, state: dict[str, Tensor]

@@ -6,6 +6,7 @@ of this one, so fine texture comes out soft.
 Shapes: B chunks, T frames, C channels, H W pixels, K codes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -110,6 +111,10 @@ class TokenizerObjective:
                 if isinstance(module, nn.BatchNorm3d):
                     module.reset_running_stats()  # they belong to the steps
             self._place_codes(model, latents_BCthw, 0)
+
+    def parts(self, rows: Rows) -> Sequence[Rows]:
+        """All rows together: they are normalised by what they have in common."""
+        return [rows]
 
     def loss(
         self, model: nn.Module, rows: Rows, step: int, device: torch.device, state: dict[str, Tensor]

@@ -127,6 +127,20 @@ def test_a_second_writer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     _run(objective, tmp_path / "run")  # the first writer let go of the folder when it failed
 
 
+def test_rows_in_groups_take_the_steps_of_all_together(tmp_path: Path) -> None:
+    data = sequence_data(tmp_path)
+    one, groups = (
+        _run(PretrainObjective(pretrain_config(batch_size=5, execution=execution), data), tmp_path / f"run-{name}")
+        for name, execution in {"one": {}, "groups": {"rows_at_once": 2}}.items()
+    )
+    for key, value in one.items():
+        assert float((groups[key] - value).abs().max()) <= 1e-5, key
+    losses = [read_losses(tmp_path / f"run-{name}" / "progress.jsonl") for name in ("one", "groups")]
+    for mine, theirs in zip(*losses, strict=True):
+        for figure in ("loss", "text", "vision", "grad_norm"):
+            assert mine[figure] == pytest.approx(theirs[figure], rel=1e-5), figure
+
+
 def _rank_main(rank: int, meeting: str, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)

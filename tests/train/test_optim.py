@@ -1,4 +1,5 @@
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -9,12 +10,16 @@ from schemas.errors import ConfigError
 from train.optim import OptimConfig, build_optimizers, learning_rate, set_learning_rate
 
 
-def test_warms_up_then_falls_to_zero_like_torchs_schedules() -> None:
-    config = OptimConfig(learning_rate=0.1, warmup_steps=5)
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_warms_up_then_falls_to_zero_like_torchs_schedules(schedule: Literal["cosine", "linear"]) -> None:
+    config = OptimConfig(learning_rate=0.1, warmup_steps=5, schedule=schedule)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.2, total_iters=4)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
-    both = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], milestones=[5])
+    after = {
+        "cosine": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20),
+        "linear": torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=20),
+    }[schedule]
+    both = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, after], milestones=[5])
     for step in range(25):
         assert learning_rate(config, step, 25) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), step
         optimizer.step()
