@@ -209,7 +209,7 @@ def train(
     ],
     start: Annotated[
         str | None,
-        typer.Option("--from", help="Language model to begin with: a checkpoint id, latest, or a folder."),
+        typer.Option("--from", help="Language model to begin with: a checkpoint id or its beginning, or a folder."),
     ] = None,
     overrides: SetOption = None,
     lake: LakeOption = "./lake",

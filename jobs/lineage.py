@@ -171,7 +171,8 @@ class _Tracer:
             self._missing.append(f"data {data_id} of checkpoint {checkpoint_id}")
         captioners = tuple(self._captioner(one) for one in sorted({row["captioner_id"] for row in captions}))
         # Published weights to begin with have no row here: they are named, and nothing is missing.
-        began = self._many(CHECKPOINTS, "checkpoint_id", checkpoint["start_id"] or [], ["checkpoint_id"])
+        start_ids = [one for one in [checkpoint["start_id"]] if one and one != checkpoint_id]
+        began = self._many(CHECKPOINTS, "checkpoint_id", start_ids, ["checkpoint_id"])
         start = self._training(began[0]["checkpoint_id"]) if began else None
         return Training(checkpoint, self._runs(checkpoint), curated, packed, sequences, data, captioners, start)
 

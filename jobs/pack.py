@@ -41,7 +41,9 @@ TextTokenizer = TinyBpe | Emu3TextTokenizer
 
 
 class TextTokenizerRecipe(Config):
-    """Which text tokenizer: Emu3's own vocabulary file, or a small BPE trained on what is packed."""
+    """Which text tokenizer: Emu3's own vocabulary file, or a small BPE trained on what is packed. Packed like another set, it
+    is that set's.
+    """
 
     kind: Literal["tiny_bpe", "emu3"] = "emu3"
     path: Path | None = None
@@ -196,6 +198,8 @@ def pack_sets(
         text = text_tokenizer_from_json(text_json)
     vocabulary = Vocabulary(text.num_text, recipe.num_codes)
     inputs: dict[str, object] = {"sets": list(set_names), "curated_ids": curated_ids, "tokenizer_id": tokenizer_id}
+    if like is not None:
+        inputs["like"] = str(sequence_set(lake, like)["seqset_id"])
     if conversations:
         inputs["conversations"] = [str(path.absolute()) for path in conversations]
     with recorded(lake, "pack", recipe, inputs) as run:

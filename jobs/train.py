@@ -41,6 +41,7 @@ from schemas.errors import ConfigError, RowError
 from schemas.identity import window_id
 from schemas.recipe import Config, short_hash
 from schemas.runs import ATTEMPTS
+from schemas.sequences import SEQUENCE_SETS
 from schemas.vocabulary import Vocabulary
 from train.batches import FrameData, SequenceData, write_frame_file
 from train.captioner import CaptionData, CaptionerTrainingConfig, CaptionExample, train_captioner, write_examples
@@ -111,13 +112,13 @@ def train(lake: Lake, recipe: TrainRecipe, data_name: str, start: str | None = N
     """Train on a named set, resuming what was begun; a finished training is found, not repeated.
 
     `start` names weights to begin with, of a language model: a checkpoint's id, the beginning of one, `latest`, or a folder
-    with published ones.
+    with published ones. `latest` is another one once this training is finished.
     """
     if recipe.objective == "pretrain":
         return _pretrain(lake, recipe, data_name, start)
     if start is not None:
         raise ConfigError(
-            f"found weights to begin with and the objective {recipe.objective!r}, which begins with fresh ones"
+            f"found weights to begin with and the objective {recipe.objective!r}: only language models take them so"
         )
     if recipe.objective == "vision_tokenizer":
         return _train_vision_tokenizer(lake, recipe, data_name)
@@ -235,7 +236,7 @@ def _pretrain(lake: Lake, recipe: TrainRecipe, name: str, start_name: str | None
     assert recipe.pretrain is not None
     config = recipe.pretrain
     row = sequence_set(lake, name)
-    begin = _start(lake, start_name) if start_name is not None else None
+    begin = _start(lake, start_name, str(row["tokenizer_id"])) if start_name is not None else None
 
     def start(training_id: str, advance: Advance, run_id: str) -> TrainingResult:
         data = SequenceData(
@@ -255,11 +256,26 @@ def _pretrain(lake: Lake, recipe: TrainRecipe, name: str, start_name: str | None
     return _run(lake, recipe, options, str(row["seqset_id"]), str(row["content_sha256"]), start, start_id)
 
 
-def _start(lake: Lake, name: str) -> Start:
+def _start(lake: Lake, name: str, tokenizer_id: str) -> Start:
+    """A checkpoint's name or a folder -> its weights.
+
+    Raises: ConfigError if it is neither, or learnt the codes of another vision tokenizer than this one.
+    """
     folder = Path(name)
     if not (folder / CONFIG_FILE).is_file():
-        folder = Path(str(checkpoint_row(lake, name, "pretrain")["uri"]))
-    return Start(folder.resolve(), digest(folder))
+        try:
+            folder = Path(str(checkpoint_row(lake, name, "pretrain")["uri"]))
+        except ConfigError as error:
+            raise ConfigError(f"{name!r} is no folder of a model (it has no {CONFIG_FILE}), and {error}") from None
+    found = digest(folder)
+    for known in lake.read_where(CHECKPOINTS, "checkpoint_id", [found[:ID_DIGITS]], ["data_id"])["data_id"].to_pylist():
+        learnt = lake.read_where(SEQUENCE_SETS, "seqset_id", [known], ["tokenizer_id"])["tokenizer_id"].to_pylist()
+        if learnt and learnt[0] != tokenizer_id:
+            raise ConfigError(
+                f"checkpoint {found[:ID_DIGITS]} learnt codes of the vision tokenizer {learnt[0]}, and these sequences hold "
+                f"those of {tokenizer_id}: pack them with --tokenizer {learnt[0]}"
+            )
+    return Start(folder.resolve(), found)
 
 
 def _run(

@@ -1,6 +1,7 @@
 """Decoding with PyAV (FFmpeg): the default, and the only one that reads AV1, HDR and every odd file we know of."""
 
 import threading
+from array import array
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import chain
@@ -20,6 +21,8 @@ from schemas.errors import RowError
 
 PLAYLISTS = frozenset({"concat", "hls", "applehttp", "dash", "imf", "sdp", "rtsp", "webm_dash_manifest"})
 LOST_RATIO_MAX = 0.1  # share of packets that may not decode: a scratch, not a ruin
+# Containers whose header speaks of the whole file: FFmpeg says the same of each stream.
+STATES_FILE_LENGTH = frozenset({"matroska", "nut", "mpegts", "mpeg", "flv"})
 HDR_TRANSFERS = {int(ColorTrc.SMPTE2084), int(ColorTrc.ARIB_STD_B67)}  # PQ and HLG need tone mapping
 SLOPPY_END_S = 1.0  # headers overstate the length by this much, or by the share below, in files that are whole
 SLOPPY_END_RATIO = 0.05
@@ -39,7 +42,7 @@ class PyavReader(VideoReader):
         self._num_packets = 0
         self._num_lost = 0
         self._file_reached_s = 0.0
-        self._stream_reached_s = 0.0
+        self._stamps_s = array("d")  # of every packet of the stream, decoded or not
         self._failure = ""
         self._step = 0
         self._raw: Iterator[VideoFrame]
@@ -87,7 +90,7 @@ class PyavReader(VideoReader):
             if packet.stream.index != self._stream.index:
                 continue
             if stamp is not None and packet.time_base and not packet.is_discard:
-                self._stream_reached_s = max(self._stream_reached_s, float(stamp * packet.time_base))
+                self._stamps_s.append(float(stamp * packet.time_base))
             self._num_packets += 1
             try:
                 frames = packet.decode()
@@ -160,22 +163,33 @@ class PyavReader(VideoReader):
         """Raises: RowError(Truncated) if the packets stop well before the length in the header, RowError(Corrupt) if they
         are there and many of them, or all from some time on, do not decode.
         """
-        stream, container, name = self._stream, self._container, self._path.name
-        first_s = float(self._origin * (stream.time_base or 0))
-        stream_reached_s = max(self._stream_reached_s - first_s, self.end_s)
-        if stream.duration and stream.time_base:
-            stated, reached = float(stream.duration * stream.time_base), stream_reached_s
-        else:  # the header speaks of the file, whose other streams may go on when the pictures end
-            stated, reached = (container.duration or 0) / av.time_base, max(self._file_reached_s, self.end_s)
-        if _ends_early(reached, stated):
-            said = f"{name} ends at {reached:.2f} s, its header says {stated:.2f} s {self._failure}"
+        name, many = self._path.name, LOST_RATIO_MAX * self._num_packets
+        stated_s, reached_s = self._lengths()
+        if _ends_early(reached_s, stated_s):
+            said = f"{name} ends at {reached_s:.2f} s, its header says {stated_s:.2f} s {self._failure}"
             raise RowError("Truncated", said.rstrip())
-        if _ends_early(self.end_s, stream_reached_s):
-            said = f"{name}: nothing decodes from {self.end_s:.2f} to {stream_reached_s:.2f} s {self._failure}"
+        first_s = float(self._origin * (self._stream.time_base or 0))
+        behind_s = [stamp - first_s for stamp in self._stamps_s if stamp - first_s >= self.end_s]
+        # Many, because one damaged packet can bear any time.
+        if len(behind_s) > many and _ends_early(self.end_s, max(behind_s)):
+            said = (
+                f"{name}: {len(behind_s)} packets behind {self.end_s:.2f} s, and nothing decodes there {self._failure}"
+            )
             raise RowError("Corrupt", said.rstrip())
-        if self._num_lost > LOST_RATIO_MAX * self._num_packets:
+        if self._num_lost > many:
             said = f"{name}: {self._num_lost} of {self._num_packets} packets do not decode {self._failure}"
             raise RowError("Corrupt", said)
+
+    def _lengths(self) -> tuple[float, float]:
+        """How long the header says that the stream is, or the file where it speaks of that, and how far its packets reach."""
+        stream, container = self._stream, self._container
+        of_file_s = (container.duration or 0) / av.time_base
+        of_stream_s = float((stream.duration or 0) * (stream.time_base or 0))
+        is_same = abs(of_stream_s - of_file_s) < 1e-3 and container.format.name.split(",")[0] in STATES_FILE_LENGTH
+        if is_same or not of_stream_s:  # other streams may go on when the pictures end
+            return of_file_s, max(self._file_reached_s, self.end_s)
+        begins_s = (container.start_time or 0) / av.time_base
+        return of_stream_s, max(max(self._stamps_s, default=0.0) - begins_s, self.end_s)
 
     def seek(self, seconds: float) -> None:
         """To the key frame before `seconds`; a file that cannot seek is opened again, from its first frame."""

@@ -191,7 +191,8 @@ def run_loop(objective: Objective, identity: TrainingIdentity, storage: Path, re
         for step in range(first, config.steps):
             figures = _train_step(objective, model, optimizers, step, device, state)
             done = step + 1
-            if log is not None and (done % config.execution.log_every == 0 or done == config.steps):
+            is_logged = done % config.execution.log_every == 0 or done == config.steps
+            if log is not None and is_logged and "loss" in figures:
                 log.write(done, figures, time.monotonic() - began)
             if done % config.execution.checkpoint_every == 0 and done < config.steps:
                 keep_last = config.execution.keep_last
@@ -231,6 +232,8 @@ def _train_step(
         terms["loss"].total.backward()
         found.append({name: Term(term.total.detach(), term.weight) for name, term in terms.items()})
     figures = reduce_step(model, {name: sum_of([terms[name] for terms in found]) for name in found[0]})
+    if "loss" not in figures:
+        return figures  # its rows hold nothing that weighs: all weights stay as they are
     norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm))
     rate = learning_rate(config.optim, step, config.steps)
     if not norm < float("inf"):

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from schemas.errors import SchemaError
 from train.losses import Term
 
 
@@ -31,8 +30,6 @@ def reduce_step(model: nn.Module, terms: Mapping[str, Term]) -> dict[str, float]
     """After the backward pass of the total of `loss` on each worker: leave the gradients of the global mean in place.
 
     Returns the global mean of each term; a term that nothing was weighed for is left out.
-
-    Raises: SchemaError if nothing was weighed for the loss.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     figures = torch.stack([part.detach().float() for term in terms.values() for part in (term.total, term.weight)])
@@ -46,9 +43,7 @@ def reduce_step(model: nn.Module, terms: Mapping[str, Term]) -> dict[str, float]
             offset += gradient.numel()
         figures = flat[offset:]
     sums = {name: figures[2 * index : 2 * index + 2].tolist() for index, name in enumerate(terms)}
-    if not sums["loss"][1]:
-        raise SchemaError("found no label with a weight in the rows of a step: nothing to learn from")
-    torch._foreach_div_(gradients, sums["loss"][1])
+    torch._foreach_div_(gradients, sums["loss"][1] or 1.0)
     return {name: total / weight for name, (total, weight) in sums.items() if weight}
 
 

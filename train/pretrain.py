@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -32,8 +33,8 @@ MAY_CHANGE = frozenset({"dropout", "max_position_embeddings"})  # from one stage
 class LanguageExecutionConfig(ExecutionConfig):
     """How the training of a language model runs, which leaves its result alone up to rounding."""
 
-    head_loss: HeadLossConfig = HeadLossConfig()
-    rows_at_once: int | None = Field(default=None, ge=1)
+    head_loss: HeadLossConfig = later_option(HeadLossConfig())
+    rows_at_once: int | None = later_option(None, ge=1)
     """Rows that go through the network together on a worker, whose memory it sets; gradients are added. None: all of them."""
 
 
@@ -96,14 +97,25 @@ class PretrainObjective(WeightsOnly):
         """Rows of the data."""
         return len(self._file())
 
+    def holds_something_to_learn(self) -> bool:
+        """Whether a row of the data has a token that weighs something; the first usually has."""
+        weights = self.config.token_weights
+        return any(
+            bool(token_batch(self._file(), np.array([row]), self.data, weights).weights_BL.any())
+            for row in range(self.num_rows())
+        )
+
     def build_model(self) -> nn.Module:
         """A transformer of the weights to begin with, or a fresh one, whose padding row is zero."""
         vocabulary = self.data.vocabulary
-        model = Transformer(self.config.transformer_config(vocabulary.size))
+        config = self.config.transformer_config(vocabulary.size)
         if self.weights is None:
+            model = Transformer(config)
             model.init_weights(vocabulary.pad)
-        else:
-            load_transformer(model, self.weights, dtype=torch.float32)
+            return model
+        with torch.device("meta"):
+            model = Transformer(config)
+        load_transformer(model, self.weights, dtype=torch.float32)
         return model
 
     def parts(self, rows: Rows) -> Sequence[Rows]:
@@ -164,6 +176,8 @@ def pretrain(
         )
     if objective.num_rows() == 0:
         raise ConfigError(f"found no sequence in {data.path}: pack a set that holds documents")
+    if not objective.holds_something_to_learn():
+        raise ConfigError(f"found no token that weighs something in {data.path}: pack other documents, or weigh others")
     identity = training_identity(OBJECTIVE, config, data.data_id, data.sha256, start.digest if start else None)
     return run_training(objective, identity, storage, on_progress)
 
@@ -176,7 +190,8 @@ def _check_start(start: Start, config: PretrainConfig, data: SequenceData) -> No
     if vocabulary != data.vocabulary or text.to_json() != data.text.to_json():
         raise ConfigError(
             f"the sequences {data.data_id} are written in {data.vocabulary}, and {start.folder} knows {vocabulary}, or "
-            "another text tokenizer: pack them with --like a sequence set that its training read"
+            "another text tokenizer: pack them with --like a sequence set that its training read, or for published weights "
+            "with their text tokenizer"
         )
     wanted = config.transformer_config(vocabulary.size)
     other = [

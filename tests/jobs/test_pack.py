@@ -16,7 +16,7 @@ from schemas.document import VisionDocument, parse_document
 from schemas.errors import ConfigError
 from schemas.identity import clip_id
 from schemas.media import LOCATIONS
-from schemas.runs import ATTEMPTS
+from schemas.runs import ATTEMPTS, RUNS
 from schemas.sequences import SEQUENCE_SETS, SEQUENCES
 from schemas.texts import TEXTS
 from schemas.vision_tokens import VISION_TOKENS
@@ -103,6 +103,8 @@ def test_a_later_set_is_written_in_the_ids_of_an_earlier_one(lake: Lake) -> None
     assert rows[plain.seqset_id]["text_tokenizer"] != rows[first.seqset_id]["text_tokenizer"]
     assert rows[like.seqset_id]["vocabulary"] == rows[first.seqset_id]["vocabulary"]
     assert pack_sets(lake, ["kept"], PACK, "kept-first", None, like="first").already_there
+    told = [json.loads(row["inputs"]).get("like") for row in lake.read(RUNS, ["inputs"]).to_pylist()]
+    assert first.seqset_id in told
     with pytest.raises(ConfigError, match="a model that read it knows no others"):
         pack_sets(lake, ["kept"], PACK.model_copy(update={"num_codes": 17}), "other", None, like="first")
     with pytest.raises(ConfigError, match="there is no sequence set 'nothing'"):

@@ -117,6 +117,62 @@ def test_a_video_cut_short_is_an_error_and_not_a_shorter_video(tmp_path: Path, s
     assert caught.value.reason == "Truncated"
 
 
+def write_matroska(path: Path, video_s: float, num_frames: int, audio_s: float) -> Path:
+    """Frames from `video_s` on, 25 a second, and silence from 0 s on."""
+    with av.open(str(path), "w") as container:
+        video, audio = container.add_stream("libx264", rate=25), container.add_stream("aac", rate=48_000)
+        video.height, video.width = shot(0, 1)[0].shape[:2]
+        packets = []
+        for index, pixels in enumerate(shot(0, num_frames)):
+            frame = av.VideoFrame.from_ndarray(pixels, format="bgr24")
+            frame.pts = round(25 * video_s) + index
+            packets += video.encode(frame)
+        for start in range(0, int(audio_s * 48_000), 1024):
+            sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            sound.sample_rate, sound.pts = 48_000, start
+            packets += audio.encode(sound)
+        for packet in sorted(
+            [*packets, *video.encode(), *audio.encode()], key=lambda p: float((p.dts or 0) * p.time_base)
+        ):
+            container.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize(("video_s", "num_frames", "audio_s"), [(0.0, 1, 30.0), (5.0, 100, 9.0), (0.0, 100, 30.0)])
+def test_sound_without_pictures_makes_no_video_too_short(
+    tmp_path: Path, video_s: float, num_frames: int, audio_s: float
+) -> None:
+    assert len(read(write_matroska(tmp_path / "sound.mkv", video_s, num_frames, audio_s))[0]) == num_frames
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_garbage_at_the_beginning_does_not_make_a_video_shorter(tmp_path: Path, codec: str) -> None:
+    whole = write_video(tmp_path / "whole.mp4", shot(0, 200), codec=codec, options={"g": "25"})
+    data = bytearray(whole.read_bytes())
+    start, end = data.index(b"mdat") + 4, data.index(b"moov") - 4
+    upto = start + (end - start) * 4 // 10
+    data[start:upto] = np.random.default_rng(0).bytes(upto - start)
+    whole.write_bytes(data)
+    with pytest.raises(RowError) as caught:
+        read(whole)
+    assert caught.value.reason == "Corrupt"
+
+
+def test_one_damaged_packet_can_bear_any_time(tmp_path: Path) -> None:
+    path = write_video(
+        tmp_path / "whole.mkv", [frame for part in range(4) for frame in shot(part, 50)], options={"g": "25"}
+    )
+    with av.open(str(path)) as container:
+        payload = [bytes(packet) for packet in container.demux(video=0) if packet.size][100]
+    data = bytearray(path.read_bytes())
+    at = data.index(payload)
+    stamp = int.from_bytes(data[at - 3 : at - 1], "big", signed=True)  # of the block's header: track, time code, flags
+    data[at - 3 : at - 1] = (stamp + 20_000).to_bytes(2, "big", signed=True)
+    data[at : at + len(payload)] = b"\xff" * len(payload)
+    path.write_bytes(data)
+    assert 190 <= len(read(path)[0]) < 200
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_a_video_that_turns_into_garbage_is_corrupt_and_not_cut_short(tmp_path: Path, seed: int) -> None:
     """Garbage decodes to a picture now and then, so neither the last picture nor the packets lost tell by themselves."""

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -6,14 +7,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from schemas.document import TextDocument, VisionBlock, VisionDocument, write_document
 from schemas.errors import ConfigError
-from tests.train.small_data import frame_data, pretrain_config, sequence_data, tokenizer_config
+from tests.train.small_data import (
+    VOCABULARY,
+    frame_data,
+    pretrain_config,
+    sequence_data,
+    text_tokenizer,
+    tokenizer_config,
+)
+from train.batches import batch_indices, write_sequence_file
 from train.checkpoint import latest
 from train.launch import training_identity
 from train.loop import Objective, TrainingFolder, run_loop
@@ -125,6 +136,27 @@ def test_a_second_writer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ConfigError, match="another process trains"):
         _run(Nested(objective, 1), tmp_path / "run")
     _run(objective, tmp_path / "run")  # the first writer let go of the folder when it failed
+
+
+def test_a_step_whose_rows_hold_nothing_that_weighs_changes_nothing(tmp_path: Path) -> None:
+    texts, pictures = (
+        write_document(document, VOCABULARY, text_tokenizer())
+        for document in (
+            TextDocument("red"),
+            VisionDocument(VisionBlock("image", np.zeros((1, 2, 3), np.int64)), "red"),
+        )
+    )
+    rows = [texts] * 6 + [pictures] * 2
+    segments = [[{"kind": "text", "item_id": "a", "offset": 0, "length": len(row)}] for row in rows]
+    write_sequence_file(tmp_path / "rows.arrow", rows, segments)
+    data = dataclasses.replace(sequence_data(tmp_path), path=tmp_path / "rows.arrow")
+    only_vision = {"text_weight": 0.0, "structure_weight": 0.0, "execution": {"log_every": 1}}
+    objective = PretrainObjective(pretrain_config(batch_size=1, steps=8, **only_vision), data)
+    trained = _run(objective, tmp_path / "run")
+    losses = read_losses(tmp_path / "run" / "progress.jsonl")
+    seen = [int(batch_indices(0, step, 1, 8)[0]) for step in range(8)]
+    assert [line["step"] for line in losses] == [step + 1 for step in range(8) if seen[step] >= 6]  # the two pictures
+    assert all(bool(torch.isfinite(value).all()) for value in trained.values())
 
 
 def test_rows_in_groups_take_the_steps_of_all_together(tmp_path: Path) -> None:

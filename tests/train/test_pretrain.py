@@ -1,5 +1,6 @@
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,12 +10,15 @@ from pydantic import ValidationError
 from model.text_tokenizer import TinyBpe
 from model.transformer import Transformer
 from model.weights import digest
+from schemas.document import TextDocument, write_document
 from schemas.errors import ConfigError
 from schemas.vocabulary import Vocabulary
-from tests.train.small_data import VOCABULARY, pretrain_config, sequence_data
+from tests.train.small_data import VOCABULARY, pretrain_config, sequence_data, text_tokenizer
 from train.batches import SequenceFile, write_sequence_file
+from train.head_loss import HeadLossConfig
 from train.launch import training_identity
 from train.loop import run_loop
+from train.losses import Term, next_token_loss
 from train.pretrain import PretrainConfig, PretrainObjective, Start, pretrain
 
 
@@ -55,6 +59,16 @@ def test_sequences_longer_than_the_model_sees_are_refused(tmp_path: Path) -> Non
         pretrain(config, sequence_data(tmp_path), tmp_path / "run")
 
 
+def test_a_set_without_anything_that_weighs_is_refused(tmp_path: Path) -> None:
+    data = sequence_data(tmp_path)
+    text = write_document(TextDocument("red"), VOCABULARY, text_tokenizer())
+    segment = {"kind": "text", "item_id": "a", "offset": 0, "length": len(text)}
+    write_sequence_file(tmp_path / "texts.arrow", [text], [[segment]])
+    only_vision = pretrain_config(text_weight=0.0, structure_weight=0.0)
+    with pytest.raises(ConfigError, match="found no token that weighs something"):
+        pretrain(only_vision, dataclasses.replace(data, path=tmp_path / "texts.arrow"), tmp_path / "run")
+
+
 def test_an_empty_set_is_refused(tmp_path: Path) -> None:
     data = sequence_data(tmp_path)
     path = tmp_path / "empty.arrow"
@@ -93,6 +107,8 @@ def test_the_identity_of_a_training_names_where_it_began() -> None:
     config = pretrain_config()
     identities = [training_identity("pretrain", config, "data", "sha", start) for start in (None, "a", "b")]
     assert len({identity.config_hash for identity in identities}) == 3
+    # Trainings that were begun before there were other starts and weights are still the same trainings.
+    assert identities[0].config_hash == "e82bca4267eb766f"
 
 
 @pytest.mark.parametrize(
@@ -131,6 +147,23 @@ def test_only_what_weighs_is_learnt(tmp_path: Path) -> None:
         assert float(terms[name][other].weight) == 0
     with pytest.raises(ValidationError, match="expected one of them to be learnt"):
         pretrain_config(vision_weight=0.0, text_weight=0.0)
+
+
+def test_the_loss_is_worked_out_as_the_options_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, rows, device = sequence_data(tmp_path), np.arange(4), torch.device("cpu")
+    asked: list[HeadLossConfig] = []
+
+    def spy(*arguments: Any) -> dict[str, Term]:
+        asked.append(arguments[5])
+        return next_token_loss(*arguments)
+
+    monkeypatch.setattr("train.pretrain.next_token_loss", spy)
+    weights = []
+    for options in ({}, {"normalise": "tokens", "execution": {"head_loss": {"kind": "whole"}}}):
+        objective = PretrainObjective(pretrain_config(**options), data)
+        weights.append(float(objective.loss(objective.build_model(), rows, 0, device, {})["loss"].weight))
+    assert weights[0] < weights[1] == int(weights[1])
+    assert [how.kind for how in asked] == ["chunked", "whole"]
 
 
 def test_wrong_models_are_refused() -> None:
