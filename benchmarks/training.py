@@ -20,14 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from model.published import transformer_values
 from model.transformer import Transformer, TransformerConfig
 from pipeline.pack_sequences import plan_rows
 from schemas.vocabulary import EMU3
 from train.head_loss import HeadLossConfig
 from train.losses import next_token_loss
 
-ROWS, LENGTH = 1, 5120
-MIB = 1024.0
+LENGTH = 5120
+KIB = 1024.0
 
 
 def config_of(hidden_size: int) -> TransformerConfig:
@@ -45,48 +46,34 @@ def config_of(hidden_size: int) -> TransformerConfig:
     )
 
 
-def tokens_of(vocab_size: int) -> torch.Tensor:
-    """The batch that both are given."""
-    return torch.randint(0, vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+def batch() -> torch.Tensor:
+    """The tokens that both are given."""
+    return torch.randint(0, EMU3.size, (1, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-def step_of_transformers(hidden_size: int) -> tuple[float, float]:
-    """The loss, and MiB that a step takes."""
+def step_of_transformers(hidden_size: int) -> float:
+    """MiB that a step takes."""
     from transformers import Emu3ForCausalLM, Emu3TextConfig
 
-    config = config_of(hidden_size)
-    network: Any = Emu3ForCausalLM(
-        Emu3TextConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            max_position_embeddings=LENGTH,
-            attention_dropout=0.0,
-            use_cache=False,
-        )
-    ).train()
-    tokens = tokens_of(config.vocab_size)
+    values = transformer_values(config_of(hidden_size), pad=EMU3.pad, bos=EMU3.bos, eos=EMU3.eos)
+    network: Any = Emu3ForCausalLM(Emu3TextConfig.from_dict(values)).train()
+    tokens = batch()
     before = rss_mib()
-    loss = network(tokens, labels=tokens).loss
-    loss.backward()
-    return float(loss.detach()), peak_mib() - before
+    network(tokens, labels=tokens, use_cache=False).loss.backward()
+    return peak_mib() - before
 
 
-def step_of_ours(hidden_size: int, how: HeadLossConfig) -> tuple[float, float]:
-    """The loss, and MiB that a step takes."""
-    config = config_of(hidden_size)
-    model = Transformer(config).train()
-    tokens = tokens_of(config.vocab_size)
+def step_of_ours(hidden_size: int, how: HeadLossConfig) -> float:
+    """MiB that a step takes."""
+    model = Transformer(config_of(hidden_size)).train()
+    tokens = batch()
     before = rss_mib()
-    weights = torch.ones(ROWS, LENGTH)
+    weights = torch.ones(tokens.shape)
     weights[:, -1] = 0.0
     hidden = model.hidden(tokens)
     terms = next_token_loss(hidden, model.lm_head.weight, tokens.roll(-1, 1), weights, EMU3.vision_offset, how)
     terms["loss"].mean.backward()
-    return float(terms["loss"].mean.detach()), peak_mib() - before
+    return peak_mib() - before
 
 
 def memory() -> None:
@@ -98,17 +85,17 @@ def memory() -> None:
         "here, all logits at once": HeadLossConfig(kind="whole"),
     }
     for hidden_size in (256, 512):
-        _, theirs = alone(step_of_transformers, hidden_size)
+        theirs = alone(step_of_transformers, hidden_size)
         print(f"hidden size {hidden_size}: transformers, {theirs:.0f} MiB for a step")
         for name, how in ways.items():
-            _, ours = alone(step_of_ours, hidden_size, how)
+            ours = alone(step_of_ours, hidden_size, how)
             print(f"  {name}: {ours:.0f} MiB, 1/{theirs / ours:.1f} of that")
 
 
-def plan_of(num_pictures: int, num_texts: int, context_len: int, seed: int) -> tuple[float, float, int, int]:
+def plan_of(num_pictures: int, num_texts: int, context_len: int) -> tuple[float, float, int, int]:
     """Seconds, how full the rows are, how many documents were split, and MiB that the plan took."""
-    rng = np.random.default_rng(seed)
-    if context_len == 5120:
+    rng = np.random.default_rng(0)
+    if context_len == LENGTH:
         sides = np.array([(64, 64), (56, 73), (73, 56), (52, 79), (79, 52), (48, 85), (85, 48)])
         height, width = sides[rng.integers(0, len(sides), num_pictures)].T
         pictures = height * (width + 1) + rng.integers(20, 120, num_pictures)
@@ -128,8 +115,8 @@ def plan_of(num_pictures: int, num_texts: int, context_len: int, seed: int) -> t
 
 def plan() -> None:
     """Print what plans cost and how full their rows are."""
-    for pictures, texts, context_len in ((3_000_000, 7_000_000, 5120), (300_000, 300_000, 131_072)):
-        seconds, fill, split, mib = alone(plan_of, pictures, texts, context_len, 0)
+    for pictures, texts, context_len in ((3_000_000, 7_000_000, LENGTH), (300_000, 300_000, 131_072)):
+        seconds, fill, split, mib = alone(plan_of, pictures, texts, context_len)
         print(f"{pictures + texts:,} documents into rows of {context_len:,}: {seconds:.0f} s, {mib} MiB,")
         print(f"  {fill:.2%} full, {split:,} texts split, no picture")
 
@@ -137,12 +124,12 @@ def plan() -> None:
 def rss_mib() -> float:
     """Memory of this process now."""
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / MIB / MIB
+        return int(file.read().split()[1]) * resource.getpagesize() / KIB / KIB
 
 
 def peak_mib() -> float:
     """The most memory that this process ever had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / KIB
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -170,10 +170,12 @@ class _Tracer:
         if not packed and not curated:
             self._missing.append(f"data {data_id} of checkpoint {checkpoint_id}")
         captioners = tuple(self._captioner(one) for one in sorted({row["captioner_id"] for row in captions}))
+        start_id = checkpoint["start_id"]
         # Published weights to begin with have no row here: they are named, and nothing is missing.
-        start_ids = [one for one in [checkpoint["start_id"]] if one and one != checkpoint_id]
-        began = self._many(CHECKPOINTS, "checkpoint_id", start_ids, ["checkpoint_id"])
-        start = self._training(began[0]["checkpoint_id"]) if began else None
+        is_ours = start_id not in (None, checkpoint_id) and self._many(
+            CHECKPOINTS, "checkpoint_id", start_id, ["checkpoint_id"]
+        )
+        start = self._training(start_id) if is_ours else None
         return Training(checkpoint, self._runs(checkpoint), curated, packed, sequences, data, captioners, start)
 
     def _captions(self, wanted: Mapping[str, set[str]], *, written_before: datetime | None = None) -> tuple[Row, ...]:

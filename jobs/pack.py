@@ -178,7 +178,8 @@ def pack_sets(
     num_without = len(clip_ids) - len(captioned)
     curated_ids = sorted(_curated_id(lake, set_name) for set_name in set_names)
     content = [source.content for source in sources]
-    text_json = _ids_of(lake, like, recipe, tokenizer_id) if like is not None else None
+    like_row = sequence_set(lake, like) if like is not None else None
+    text_json = _text_tokenizer_of(like_row, recipe, tokenizer_id) if like_row is not None else None
     identity = [curated_ids, tokenizer_id, recipe.canonical_json(), content]
     seqset_id = short_hash(identity if text_json is None else [*identity, text_json])
     taken = [row for row in lake.read_where(SEQUENCE_SETS, "name", [name]).to_pylist()]
@@ -198,8 +199,8 @@ def pack_sets(
         text = text_tokenizer_from_json(text_json)
     vocabulary = Vocabulary(text.num_text, recipe.num_codes)
     inputs: dict[str, object] = {"sets": list(set_names), "curated_ids": curated_ids, "tokenizer_id": tokenizer_id}
-    if like is not None:
-        inputs["like"] = str(sequence_set(lake, like)["seqset_id"])
+    if like_row is not None:
+        inputs["like"] = like_row["seqset_id"]
     if conversations:
         inputs["conversations"] = [str(path.absolute()) for path in conversations]
     with recorded(lake, "pack", recipe, inputs) as run:
@@ -239,14 +240,13 @@ def pack_sets(
     return PackReport(name, seqset_id, len(rows), num_tokens, fill, num_without, len(too_long), False, len(refused))
 
 
-def _ids_of(lake: Lake, like: str, recipe: PackRecipe, tokenizer_id: str) -> str:
-    """The stored text tokenizer of a sequence set. Raises: ConfigError if its codes are others than the recipe's."""
-    row = sequence_set(lake, like)
+def _text_tokenizer_of(row: Mapping[str, object], recipe: PackRecipe, tokenizer_id: str) -> str:
+    """A sequence set's row -> its stored text tokenizer. Raises: ConfigError if its codes are others than the recipe's."""
     num_codes = Vocabulary.from_json(str(row["vocabulary"])).num_codes
     if (num_codes, row["tokenizer_id"]) != (recipe.num_codes, tokenizer_id):
         raise ConfigError(
-            f"{like!r} has {num_codes} codes of the vision tokenizer {row['tokenizer_id']}, and these are {recipe.num_codes} "
-            f"of {tokenizer_id}: a model that read it knows no others"
+            f"{row['name']!r} has {num_codes} codes of the vision tokenizer {row['tokenizer_id']}, and these are "
+            f"{recipe.num_codes} of {tokenizer_id}: a model that read it knows no others"
         )
     return str(row["text_tokenizer"])
 

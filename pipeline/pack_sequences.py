@@ -66,16 +66,16 @@ def pack(
     """Documents -> rows of at most `context_len` tokens, in the order of training. Only texts that may be split can be longer
     than a row.
     """
-    order = sorted(range(len(documents)), key=lambda index: (documents[index].kind, documents[index].item_id))
-    lengths = np.array([len(documents[index].tokens) for index in order], np.int64)
-    may_split = np.array([split_texts and documents[index].kind == "text" for index in order], np.bool_)
+    ordered = sorted(documents, key=lambda document: (-len(document.tokens), document.kind, document.item_id))
+    lengths = np.array([len(document.tokens) for document in ordered], np.int64)
+    may_split = np.array([split_texts and document.kind == "text" for document in ordered], np.bool_)
     row_of, pieces, num_rows = plan_rows(lengths, may_split, context_len)
     rows: list[list[PackedDocument]] = [[] for _ in range(num_rows)]
-    for place in np.argsort(-lengths, kind="stable"):
-        if row_of[place] >= 0:
-            rows[row_of[place]].append(documents[order[place]])
+    for document, row in zip(ordered, row_of.tolist(), strict=True):
+        if row >= 0:
+            rows[row].append(document)
     for piece in pieces:
-        document = documents[order[piece.index]]
+        document = ordered[piece.index]
         rows[piece.row].append(replace(document, tokens=document.tokens[piece.start : piece.end]))
     permutation = np.random.Generator(np.random.PCG64(seed)).permutation(num_rows)
     return [PackedRow(tuple(rows[row])) for row in permutation]

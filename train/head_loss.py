@@ -1,7 +1,7 @@
 """The output head and its cross-entropy in one, so that logits over a vocabulary of 184,622 never exist whole.
 
-Logits are worked out for some tokens at a time, in float32 whatever the weights are: rounded to bfloat16 they are off by
-a nat and more over the 8,190 tokens of a picture, which is what preferences are made of.
+Logits are worked out for some tokens at a time, in float32 whatever the weights are: rounded to bfloat16 the
+log-probability of a picture of 8,190 tokens is off by a nat and more, and preferences are made of such.
 
 Shapes: N tokens, C of them at a time, D hidden, V vocabulary.
 """

@@ -157,6 +157,11 @@ def test_a_step_whose_rows_hold_nothing_that_weighs_changes_nothing(tmp_path: Pa
     seen = [int(batch_indices(0, step, 1, 8)[0]) for step in range(8)]
     assert [line["step"] for line in losses] == [step + 1 for step in range(8) if seen[step] >= 6]  # the two pictures
     assert all(bool(torch.isfinite(value).all()) for value in trained.values())
+    write_sequence_file(tmp_path / "texts.arrow", rows[:6], segments[:6])
+    texts_only = dataclasses.replace(data, path=tmp_path / "texts.arrow")
+    start = TrainingFolder(tmp_path / "run").weights
+    unchanged = _run(PretrainObjective(objective.config, texts_only, start), tmp_path / "unchanged")
+    assert all(torch.equal(unchanged[key], value) for key, value in trained.items())
 
 
 def test_rows_in_groups_take_the_steps_of_all_together(tmp_path: Path) -> None:
