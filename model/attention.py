@@ -4,12 +4,14 @@ Shapes: B batch, L new tokens, S tokens in all, D hidden, H query heads, K key-v
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from model.kv_cache import KvCache
 from model.rope import rotate
@@ -28,17 +30,46 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """New tokens side by side that are the last `num_keys` of a document's first ones: they see these, each up to itself."""
+
+    length: int
+    document: int
+    num_keys: int
+
+
+@dataclass(frozen=True)
+class SharedRows:
+    """Packed rows whose tokens are dealt out to devices. A device asks for its own, of the keys and values of all.
+
+    `gather`: those of its own tokens (B, L, K, C) -> those of whole rows, in order. `document_lens`: documents of the whole
+    rows laid end to end. `pieces`: its own tokens, rows laid end to end.
+    """
+
+    gather: Callable[[Tensor], Tensor]
+    document_lens: list[int]
+    pieces: list[Piece]
+
+
+@dataclass(frozen=True)
 class AttentionPlan:
     """Who sees whom, worked out once for all layers.
 
-    `spans`: packed documents or unpadded parts, each causal within itself. `mask_B1LS`: True where a query sees a key.
-    Neither: every row is causal from its first token. `places_BL`: where a cache takes the new tokens.
+    `spans`: packed documents or unpadded parts, each causal within itself. `shared`: packed documents, over devices.
+    `mask_B1LS`: True where a query sees a key. None of them: every row is causal from its first token. `places_BL`: where a
+    cache takes the new tokens.
     """
 
     spans: tuple[Span, ...] | None = None
+    shared: SharedRows | None = None
     mask_B1LS: Tensor | None = None
     causal: bool = True
     places_BL: Tensor | None = None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether rows fall into parts that see nothing of one another."""
+        return self.spans is not None or self.shared is not None
 
 
 def plan_attention(document_ids_BL: Tensor | None, attention_mask_BL: Tensor | None) -> AttentionPlan:
@@ -113,10 +144,10 @@ class SelfAttention(nn.Module):
         if kv_cache is not None:
             assert plan.places_BL is not None
             key, value = kv_cache.update(self.layer, key, value, plan.places_BL)
-        if plan.spans is None:
-            mixed_BHLC = self._attend(query, key, value, plan.mask_B1LS, plan.causal)
+        if plan.is_packed:
+            mixed_BHLC = self._attend_packed(query_BLHC, key_BLKC, value_BLKC, plan)
         else:
-            mixed_BHLC = self._attend_spans(query, key, value, plan.spans)
+            mixed_BHLC = self._attend(query, key, value, plan.mask_B1LS, plan.causal)
         out_BLD: Tensor = self.o_proj(mixed_BHLC.transpose(1, 2).flatten(2))
         return out_BLD
 
@@ -127,11 +158,16 @@ class SelfAttention(nn.Module):
             query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
         )
 
-    def _attend_spans(self, query_BHLC: Tensor, key: Tensor, value: Tensor, spans: tuple[Span, ...]) -> Tensor:
-        batch_size, _, length, _ = query_BHLC.shape
-        sizes, attended = _stretches(spans, batch_size, length)
+    # Not compiled: every batch has other documents.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _attend_packed(self, query_BLHC: Tensor, key_BLKC: Tensor, value_BLKC: Tensor, plan: AttentionPlan) -> Tensor:
+        if plan.shared is not None:
+            return self._attend_shared(query_BLHC, key_BLKC, value_BLKC, plan.shared)
+        assert plan.spans is not None
+        batch_size, length = query_BLHC.shape[:2]
+        sizes, attended = _stretches(plan.spans, batch_size, length)
         # Split and joined, not sliced and written into a buffer: the backward pass stays linear in the number of spans.
-        split = [torch.split(part.transpose(1, 2).flatten(0, 1), sizes) for part in (query_BHLC, key, value)]
+        split = [torch.split(part.flatten(0, 1), sizes) for part in (query_BLHC, key_BLKC, value_BLKC)]
         parts: list[Tensor] = []  # (tokens, H, C) for each stretch of the rows laid end to end
         for query_NHC, key_NKC, value_NKC, attends in zip(*split, attended, strict=True):
             if attends:
@@ -140,6 +176,21 @@ class SelfAttention(nn.Module):
             else:
                 parts.append(torch.zeros_like(query_NHC))
         rows: Tensor = torch.cat(parts).unflatten(0, (batch_size, length))
+        return rows.transpose(1, 2)
+
+    def _attend_shared(self, query_BLHC: Tensor, key_BLKC: Tensor, value_BLKC: Tensor, shared: SharedRows) -> Tensor:
+        query_NHC = torch.split(query_BLHC.flatten(0, 1), [piece.length for piece in shared.pieces])
+        key_NKC, value_NKC = (
+            torch.split(shared.gather(part).flatten(0, 1), shared.document_lens) for part in (key_BLKC, value_BLKC)
+        )
+        parts: list[Tensor] = []
+        for piece, asks in zip(shared.pieces, query_NHC, strict=True):
+            seen = (asks, key_NKC[piece.document][: piece.num_keys], value_NKC[piece.document][: piece.num_keys])
+            q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in seen)
+            whole = piece.length == piece.num_keys
+            mask = None if whole else causal_lower_right(piece.length, piece.num_keys)
+            parts.append(self._attend(q, k, v, mask, whole)[0].transpose(0, 1))
+        rows: Tensor = torch.cat(parts).unflatten(0, query_BLHC.shape[:2])
         return rows.transpose(1, 2)
 
 

@@ -3,7 +3,7 @@
 Shapes: B batch, L tokens, S tokens seen and new, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MappingProxyType
 from typing import Self
 
@@ -164,18 +164,27 @@ class Transformer(nn.Module):
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._step: Callable[..., Tensor] | None = None
-        self.init_weights()
+        if not self.lm_head.weight.is_meta:
+            self.init_weights()
 
     def init_weights(self, pad_token: int | None = None) -> None:
-        """Fresh parameters: normal of standard deviation 0.02, norms 1, and the padding row, if named, zero."""
-        for module in self.modules():
+        """Fresh parameters, in place."""
+        with torch.no_grad():
+            for name, weight in self.fresh_weights(pad_token):
+                self.get_parameter(name).copy_(weight)
+
+    def fresh_weights(self, pad_token: int | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Names and fresh parameters, one at a time, drawn from torch's generator on the CPU: normal of standard deviation
+        0.02, norms 1, and the padding row, if named, zero.
+        """
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=INIT_STD)
+                weight = torch.empty(module.weight.shape, device="cpu").normal_(std=INIT_STD)
+                if module is self.model.embed_tokens and pad_token is not None:
+                    weight[pad_token].zero_()
+                yield f"{name}.weight", weight
             elif isinstance(module, RmsNorm):
-                nn.init.ones_(module.weight)
-        if pad_token is not None:
-            with torch.no_grad():
-                self.model.embed_tokens.weight[pad_token].zero_()
+                yield f"{name}.weight", torch.ones(module.weight.shape, device="cpu")
 
     def forward(
         self,
@@ -204,6 +213,7 @@ class Transformer(nn.Module):
         document_ids_BL: Tensor | None = None,
         kv_cache: KvCache | None = None,
         attention_mask_BL: Tensor | None = None,
+        plan: AttentionPlan | None = None,
     ) -> Tensor:
         """Tokens -> hidden states (B, L, D) that `logits` turns into logits, whole or in chunks.
 
@@ -212,18 +222,19 @@ class Transformer(nn.Module):
         kv_cache: the tokens come after those in the cache, and are added to it. Rows of unequal length are padded on the
             right, and the padding is forgotten afterwards (`KvCache.forget`).
         attention_mask_BL: 0 on left padding, 1 on tokens. What stands at padded places of the result means nothing.
+        plan: who sees whom, if the caller has worked it out; positions are then the caller's too.
 
         Raises: ValueError for combinations that mean nothing.
         """
-        if [document_ids_BL, kv_cache, attention_mask_BL].count(None) < 2:
-            raise ValueError("found two of document ids, a cache and an attention mask, expected one at most")
+        if [document_ids_BL, kv_cache, attention_mask_BL, plan].count(None) < 3:
+            raise ValueError("found two of document ids, a cache, an attention mask and a plan, expected one at most")
         if attention_mask_BL is not None and attention_mask_BL.shape != tokens_BL.shape:
             found, expected = tuple(attention_mask_BL.shape), tuple(tokens_BL.shape)
             raise ValueError(f"found an attention mask of shape {found}, expected {expected}, that of the tokens")
-        if kv_cache is None:
-            plan = plan_attention(document_ids_BL, attention_mask_BL)
-        else:
+        if kv_cache is not None:
             plan = plan_cached(kv_cache, tokens_BL.shape[1])
+        elif plan is None:
+            plan = plan_attention(document_ids_BL, attention_mask_BL)
         if positions_BL is None:
             positions_BL = plan.places_BL
         if positions_BL is None:

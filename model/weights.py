@@ -111,6 +111,18 @@ def load_transformer(
     load_tensors(transformer, transformer_tensors(_read_tensors(folder, device, dtype)), str(folder))
 
 
+def read_transformer(
+    transformer: Transformer, folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Mapping[str, Tensor]:
+    """The weights of a folder as `load_language_model` takes it, by the transformer's own names.
+
+    Raises: ConfigError naming what does not fit the transformer.
+    """
+    tensors = transformer_tensors(_read_tensors(folder, device, dtype))
+    _check_tensors(transformer, tensors, str(folder))
+    return tensors
+
+
 def save_vision_tokenizer(folder: Path, tokenizer: VisionTokenizer) -> str:
     """Write a vision tokenizer as a folder, replacing one that is there; the digest of the weights."""
     write_folder(
@@ -152,6 +164,11 @@ def load_tensors(network: nn.Module, tensors: Mapping[str, Tensor], source: str)
 
     Raises: ConfigError naming the tensors that are missing, extra or misshapen.
     """
+    _check_tensors(network, tensors, source)
+    network.load_state_dict(dict(tensors), strict=True, assign=True)
+
+
+def _check_tensors(network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     problems = [f"{name}: missing" for name in sorted(expected.keys() - found.keys())]
@@ -167,7 +184,6 @@ def load_tensors(network: nn.Module, tensors: Mapping[str, Tensor], source: str)
         raise ConfigError(
             f"the weights of {source} do not fit:\n{shown}" + (f"\n  and {rest} more" if rest > 0 else "")
         )
-    network.load_state_dict(dict(tensors), strict=True, assign=True)
 
 
 def write_network(folder: Path, tensors: Mapping[str, Tensor], values: Mapping[str, object]) -> None:

@@ -80,6 +80,10 @@ class TokenBatch:
         """The same batch on another device."""
         return TokenBatch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
+    def columns(self, places: Tensor) -> "TokenBatch":
+        """The tokens at these places of every row."""
+        return TokenBatch(*(getattr(self, name)[:, places] for name in self.__dataclass_fields__))
+
 
 def batch_indices(seed: int, step: int, global_batch: int, num_rows: int) -> Rows:
     """Seed and step (from 0) -> the rows of the global batch, (global_batch,), of 0..num_rows-1.
@@ -188,13 +192,15 @@ def _document_lengths(segments: Sequence[Mapping[str, object]], num_tokens: int,
     return lengths
 
 
-def token_batch(file: SequenceFile, rows: Rows, data: SequenceData, token_weights: TokenWeights) -> TokenBatch:
-    """Rows of a sequence file -> a batch padded to the context length.
+def token_batch(
+    file: SequenceFile, rows: Rows, data: SequenceData, token_weights: TokenWeights, length: int | None = None
+) -> TokenBatch:
+    """Rows of a sequence file -> a batch padded to `length`, or to the context length.
 
     Raises: SchemaError if a row is longer than the context, or holds an id outside the vocabulary.
     """
     vocabulary = data.vocabulary
-    shape = (len(rows), data.context_len)
+    shape = (len(rows), length or data.context_len)
     tokens = np.full(shape, vocabulary.pad, np.int64)
     labels = np.full(shape, vocabulary.pad, np.int64)
     weights = np.zeros(shape, np.float32)

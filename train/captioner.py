@@ -29,6 +29,7 @@ from train.files import publish_file, publish_folder, sync
 from train.launch import run_training, training_identity
 from train.loop import TrainingConfig, WeightsOnly
 from train.losses import Term
+from train.mesh import Mesh
 from train.progress import OnProgress, TrainingResult
 
 OBJECTIVE = "captioner"
@@ -142,7 +143,7 @@ class CaptionerObjective(WeightsOnly):
         """Examples of the data."""
         return len(open_examples(self.data.path))
 
-    def build_model(self) -> nn.Module:
+    def build_model(self, mesh: Mesh) -> nn.Module:
         """The checkpoint that is trained on, in float32."""
         model = load_captioner(self.start_folder)
         if self.config.freeze_vision:
@@ -150,15 +151,13 @@ class CaptionerObjective(WeightsOnly):
                 parameter.requires_grad_(False)
         if self.config.gradient_checkpointing:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
-        return model
+        return model.to(mesh.device)
 
-    def loss(
-        self, model: nn.Module, rows: Rows, step: int, device: torch.device, state: dict[str, Tensor]
-    ) -> dict[str, Term]:
+    def loss(self, model: nn.Module, rows: Rows, step: int, mesh: Mesh, state: dict[str, Tensor]) -> dict[str, Term]:
         """Examples -> `loss`: the mean over all caption tokens, their ends included."""
         inputs = _encoder(self).batch([int(row) for row in rows])
-        labels_BL = inputs.pop("labels").to(device)
-        logits_BLV = model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
+        labels_BL = inputs.pop("labels").to(mesh.device)
+        logits_BLV = model(**{name: tensor.to(mesh.device) for name, tensor in inputs.items()}).logits
         total = functional.cross_entropy(
             logits_BLV[:, :-1].float().flatten(0, 1), labels_BL[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
         )

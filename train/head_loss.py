@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
@@ -33,30 +34,57 @@ class HeadLossConfig(Config):
     """Tokens at a time, of `chunked` and `torch`: 256 on a CPU, 1,024 or more on a GPU."""
 
 
+@dataclass(frozen=True)
+class VocabularyShard:
+    """A head of which each worker of a group holds some rows, this one those from `first` on. `chunked` alone knows it.
+
+    All workers of the group ask for the same tokens and find the same loss. What each finds as the gradient of hidden states
+    is its part of a sum.
+    """
+
+    first: int
+    group: dist.ProcessGroup
+
+
 def weighted_nll(
-    hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, weights_N: Tensor, config: HeadLossConfig
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor,
+    config: HeadLossConfig,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Hidden states, labels and their weights -> the weighted sum of negative log-likelihoods, and each one of them.
 
     Only the sum carries gradients; both are float32. With `chunked` its gradients are made along with it, in one pass.
     """
     if config.kind == "chunked" and torch.is_grad_enabled():
-        total, nll_N = _WeightedNll.apply(hidden_ND, head_VD, labels_N, weights_N.float(), config.chunk_tokens)  # type: ignore[no-untyped-call]
+        total, nll_N = _WeightedNll.apply(hidden_ND, head_VD, labels_N, weights_N.float(), config.chunk_tokens, shard)  # type: ignore[no-untyped-call]
         return total, nll_N
-    nll_N = token_nll(hidden_ND, head_VD, labels_N, config)
+    nll_N = token_nll(hidden_ND, head_VD, labels_N, config, shard)
     return (nll_N * weights_N).sum(), nll_N.detach()
 
 
-def token_nll(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, config: HeadLossConfig) -> Tensor:
+def token_nll(
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    labels_N: Tensor,
+    config: HeadLossConfig,
+    shard: VocabularyShard | None = None,
+) -> Tensor:
     """Hidden states and labels -> the negative log-likelihood of each label, (N,) float32, with gradients.
 
     With `chunked` the backward pass works logits out again: what each token counts is not known before.
 
-    Raises: ConfigError if `liger` cannot run here.
+    Raises: ConfigError if `liger` cannot run here, or the head is shared out and this is not `chunked`.
     """
     if config.kind == "chunked":
-        out: Tensor = _TokenNll.apply(hidden_ND, head_VD, labels_N, config.chunk_tokens)  # type: ignore[no-untyped-call]
+        out: Tensor = _TokenNll.apply(hidden_ND, head_VD, labels_N, config.chunk_tokens, shard)  # type: ignore[no-untyped-call]
         return out
+    if shard is not None:
+        raise ConfigError(
+            f"found the head's loss {config.kind!r} and a head shared out over workers, expected 'chunked'"
+        )
     if config.kind == "whole":
         return F.cross_entropy(F.linear(hidden_ND, head_VD).float(), labels_N, reduction="none")
     if config.kind == "torch":
@@ -81,9 +109,15 @@ class _WeightedNll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, weights_N: Tensor, chunk_tokens: int
+        ctx: Any,
+        hidden_ND: Tensor,
+        head_VD: Tensor,
+        labels_N: Tensor,
+        weights_N: Tensor,
+        chunk_tokens: int,
+        shard: VocabularyShard | None,
     ) -> tuple[Tensor, Tensor]:
-        head = _Head(hidden_ND, head_VD, *ctx.needs_input_grad[:2])
+        head = _Head(hidden_ND, head_VD, shard, *ctx.needs_input_grad[:2])
         nll_N = torch.empty(len(labels_N), dtype=torch.float32, device=hidden_ND.device)
         for part in head.parts(chunk_tokens):
             nll_N[part], exponentials = head.nll(part, labels_N[part])
@@ -99,32 +133,39 @@ class _WeightedNll(torch.autograd.Function):
         head, ctx.head = ctx.head, None
         if head is None:
             raise RuntimeError("found a second backward pass through the head's loss, expected one: use token_nll")
-        return *head.gradients(upstream[0]), None, None, None
+        return *head.gradients(upstream[0]), None, None, None, None
 
 
 class _TokenNll(torch.autograd.Function):
     """Each token's negative log-likelihood; the backward pass works the logits out again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, chunk_tokens: int) -> Tensor:
-        head = _Head(hidden_ND, head_VD, False, False)
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        head_VD: Tensor,
+        labels_N: Tensor,
+        chunk_tokens: int,
+        shard: VocabularyShard | None,
+    ) -> Tensor:
+        head = _Head(hidden_ND, head_VD, shard, False, False)
         nll_N = torch.empty(len(labels_N), dtype=torch.float32, device=hidden_ND.device)
         for part in head.parts(chunk_tokens):
             nll_N[part] = head.nll(part, labels_N[part])[0]
         ctx.save_for_backward(hidden_ND, head_VD, labels_N)
-        ctx.chunk_tokens = chunk_tokens
+        ctx.chunk_tokens, ctx.shard = chunk_tokens, shard
         return nll_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden_ND, head_VD, labels_N = ctx.saved_tensors
-        head = _Head(hidden_ND, head_VD, *ctx.needs_input_grad[:2])
+        head = _Head(hidden_ND, head_VD, ctx.shard, *ctx.needs_input_grad[:2])
         for part in head.parts(ctx.chunk_tokens):
             _, exponentials = head.nll(part, labels_N[part])
             head.add_gradients(part, exponentials, labels_N[part], upstream[0][part])
             del exponentials
-        return *head.gradients(), None, None
+        return *head.gradients(), None, None, None
 
 
 @dataclass(frozen=True)
@@ -138,8 +179,15 @@ class _Exponentials:
 class _Head:
     """Hidden states before a head: logits of some of them, and gradients added up, those of the head in float32."""
 
-    def __init__(self, hidden_ND: Tensor, head_VD: Tensor, wants_hidden: bool, wants_head: bool) -> None:
-        self._hidden_ND, self._dtype = hidden_ND.detach(), head_VD.dtype
+    def __init__(
+        self,
+        hidden_ND: Tensor,
+        head_VD: Tensor,
+        shard: VocabularyShard | None,
+        wants_hidden: bool,
+        wants_head: bool,
+    ) -> None:
+        self._hidden_ND, self._dtype, self._shard = hidden_ND.detach(), head_VD.dtype, shard
         # A GPU multiplies bfloat16 into float32. A CPU rounds what it multiplies, unless the factors are float32.
         self._head_VD = head_VD.detach() if head_VD.is_cuda else head_VD.detach().float()
         self._to_hidden_ND = torch.empty_like(self._hidden_ND) if wants_hidden else None
@@ -158,18 +206,35 @@ class _Head:
         else:
             logits_CV = torch.mm(hidden_CD, self._head_VD.T, out_dtype=torch.float32)
         largest_C1 = logits_CV.amax(dim=1, keepdim=True)
-        label_C1 = logits_CV.gather(1, labels_C.unsqueeze(1))
+        rows_C1, here_C1 = self._rows(labels_C)
+        label_C1 = logits_CV.gather(1, rows_C1) * here_C1
+        if self._shard is not None:
+            dist.all_reduce(largest_C1, dist.ReduceOp.MAX, self._shard.group)
         terms_CV = logits_CV.sub_(largest_C1).exp_()
         sums_C1 = terms_CV.sum(dim=1, keepdim=True)
+        if self._shard is not None:
+            both = torch.cat([sums_C1, label_C1])
+            dist.all_reduce(both, group=self._shard.group)
+            sums_C1, label_C1 = both.chunk(2)
         return (largest_C1 + sums_C1.log() - label_C1).squeeze(1), _Exponentials(terms_CV, sums_C1)
+
+    def _rows(self, labels_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels -> the rows of the head that this worker holds for them, row 0 for those it does not hold, and 1 where it
+        holds them, both (C, 1).
+        """
+        if self._shard is None:
+            return labels_C.unsqueeze(1), torch.ones_like(labels_C, dtype=torch.float32).unsqueeze(1)
+        rows_C1 = (labels_C - self._shard.first).unsqueeze(1)
+        here_C1 = (rows_C1 >= 0) & (rows_C1 < len(self._head_VD))
+        return rows_C1.where(here_C1, 0), here_C1.float()
 
     def add_gradients(self, part: slice, exponentials: _Exponentials, labels_C: Tensor, scale_C: Tensor) -> None:
         """Adds what these tokens give, each times its scale. Overwrites the exponentials."""
         if self._to_hidden_ND is None and self._to_head_VD is None:
             return
-        scale_C1, labels_C1 = scale_C.unsqueeze(1), labels_C.unsqueeze(1)
+        scale_C1, (rows_C1, here_C1) = scale_C.unsqueeze(1), self._rows(labels_C)
         slopes_CV = exponentials.terms_CV.mul_(scale_C1 / exponentials.sums_C1)
-        slopes_CV.scatter_(1, labels_C1, slopes_CV.gather(1, labels_C1) - scale_C1)
+        slopes_CV.scatter_(1, rows_C1, slopes_CV.gather(1, rows_C1) - scale_C1 * here_C1)
         slopes_CV = slopes_CV.to(self._head_VD.dtype)
         if self._to_hidden_ND is not None:
             self._to_hidden_ND[part] = (slopes_CV @ self._head_VD).to(self._to_hidden_ND.dtype)

@@ -18,6 +18,7 @@ from typing import Any, Protocol, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from model.weights import digest
 from schemas.errors import ConfigError
@@ -26,9 +27,11 @@ from train.batches import Rows, batch_indices, worker_share
 from train.checkpoint import TrainingIdentity, restore_latest, save_checkpoint
 from train.files import write_text
 from train.losses import Term, sum_of
+from train.mesh import LayoutConfig, Mesh, build_mesh
 from train.optim import OptimConfig, build_optimizers, learning_rate, set_learning_rate
-from train.parallelize import barrier, num_workers, rank, reduce_step, share_batch_norm
+from train.parallelize import barrier, rank, reduce_step, share_batch_norm
 from train.progress import ProgressLog, read_losses
+from train.sharding import gather_model
 
 LOCK_WAIT_S = 60.0
 SEED_LIMIT = 2**63
@@ -47,6 +50,11 @@ class ExecutionConfig(Config):
     max_failures: int = Field(default=3, ge=0)
     """How often Ray restarts the workers before it gives up."""
 
+    @property
+    def spread(self) -> LayoutConfig:
+        """How the network is spread over the workers: each holds all of it, unless it is a language model's."""
+        return LayoutConfig()
+
 
 class TrainingConfig(Config):
     """What all trainings share. A step reads `batch_size` rows over all workers."""
@@ -59,8 +67,18 @@ class TrainingConfig(Config):
 
     @model_validator(mode="after")
     def _check_shares(self) -> Self:
-        if self.batch_size < self.execution.num_workers:
-            raise ValueError(f"found batch_size {self.batch_size}, expected at least one row for each worker")
+        workers, spread = self.execution.num_workers, self.execution.spread
+        together = spread.shard * spread.workers_per_row
+        if workers % together:
+            raise ValueError(
+                f"found num_workers {workers}, expected a multiple of shard x context x tensor = {together}"
+            )
+        readers = workers // spread.workers_per_row
+        if self.batch_size < readers or (not spread.is_whole and self.batch_size % readers):
+            expected = "at least one row for each worker" if spread.is_whole else "as many rows for each worker"
+            raise ValueError(
+                f"found batch_size {self.batch_size}, expected {expected} that reads its own: {readers} do"
+            )
         return self
 
 
@@ -76,8 +94,8 @@ class Objective(Protocol):
         """Rows of the data."""
         ...
 
-    def build_model(self) -> nn.Module:
-        """A network with fresh weights, drawn from torch's generator."""
+    def build_model(self, mesh: Mesh) -> nn.Module:
+        """A network with fresh weights, drawn from torch's generator, or this worker's part of it, on its device."""
         ...
 
     def initial_state(self, model: nn.Module) -> dict[str, Tensor]:
@@ -92,9 +110,7 @@ class Objective(Protocol):
         """A worker's rows of a step -> those that go through the network together; gradients of all parts are added."""
         ...
 
-    def loss(
-        self, model: nn.Module, rows: Rows, step: int, device: torch.device, state: dict[str, Tensor]
-    ) -> dict[str, Term]:
+    def loss(self, model: nn.Module, rows: Rows, step: int, mesh: Mesh, state: dict[str, Tensor]) -> dict[str, Term]:
         """The terms of these rows at this step. The one named `loss` is trained on."""
         ...
 
@@ -176,20 +192,20 @@ def run_loop(objective: Objective, identity: TrainingIdentity, storage: Path, re
     """
     config, folder = objective.config, TrainingFolder(storage)
     use_exact_arithmetic(config.execution.num_threads)
-    device = _device(config.execution)
+    mesh = build_mesh(config.execution.spread, _device(config.execution))
     with _only_writer(folder.lock):
         torch.manual_seed(_mixed(config.seed, 0))
-        model = objective.build_model().to(device).train()
+        model = objective.build_model(mesh).train()
         share_batch_norm(model)
         optimizers = build_optimizers(model, config.optim)
         state = objective.initial_state(model)
         first = restore_latest(folder.checkpoints, model, optimizers, state, identity)
         if first == 0:
-            objective.start(model, device)
+            objective.start(model, mesh.device)
         log = ProgressLog(folder.progress, config.steps, first) if rank() == 0 else None
         began = time.monotonic()
         for step in range(first, config.steps):
-            figures = _train_step(objective, model, optimizers, step, device, state)
+            figures = _train_step(objective, model, optimizers, step, mesh, state)
             done = step + 1
             is_logged = done % config.execution.log_every == 0 or done == config.steps
             if log is not None and is_logged and "loss" in figures:
@@ -199,8 +215,9 @@ def run_loop(objective: Objective, identity: TrainingIdentity, storage: Path, re
                 save_checkpoint(folder.checkpoints, done, model, optimizers, state, identity, keep_last=keep_last)
                 if report is not None:
                     report({"step": done, **figures})
+        whole = gather_model(model, mesh)
         if rank() == 0:
-            _finish(objective, model, folder, config.steps)
+            _finish(objective, whole, folder, config.steps)
         barrier()
 
 
@@ -217,24 +234,23 @@ def _train_step(
     model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     step: int,
-    device: torch.device,
+    mesh: Mesh,
     state: dict[str, Tensor],
 ) -> dict[str, float]:
     config = objective.config
     torch.manual_seed(_mixed(config.seed, step + 1, rank()))  # dropout
-    rows = worker_share(
-        batch_indices(config.seed, step, config.batch_size, objective.num_rows()), rank(), num_workers()
-    )
+    batch = batch_indices(config.seed, step, config.batch_size, objective.num_rows())
+    rows = worker_share(batch, mesh.data_rank, mesh.data_size)
     model.zero_grad(set_to_none=True)
     found = []
     for part in objective.parts(rows):
-        terms = objective.loss(model, part, step, device, state)
+        terms = objective.loss(model, part, step, mesh, state)
         terms["loss"].total.backward()
         found.append({name: Term(term.total.detach(), term.weight) for name, term in terms.items()})
-    figures = reduce_step(model, {name: sum_of([terms[name] for terms in found]) for name in found[0]})
+    figures = reduce_step(model, {name: sum_of([terms[name] for terms in found]) for name in found[0]}, mesh.layout)
     if "loss" not in figures:
         return figures  # its rows hold nothing that weighs: all weights stay as they are
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm))
+    norm = _clip(model, config.optim.max_grad_norm)
     rate = learning_rate(config.optim, step, config.steps)
     if not norm < float("inf"):
         raise ConfigError(
@@ -244,8 +260,14 @@ def _train_step(
     set_learning_rate(optimizers, rate)
     for optimizer in optimizers:
         optimizer.step()
-    objective.finish_step(model, step, device, state)
+    objective.finish_step(model, step, mesh.device, state)
     return {**figures, "grad_norm": norm, "learning_rate": rate}
+
+
+def _clip(model: nn.Module, max_norm: float) -> float:
+    """Scale gradients down to a norm; the norm that they had."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def _finish(objective: Objective, model: nn.Module, folder: TrainingFolder, steps: int) -> None:

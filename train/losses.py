@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.vision_tokenizer.tokenizer import TokenizerOutput
-from train.head_loss import HeadLossConfig, weighted_nll
+from train.head_loss import HeadLossConfig, VocabularyShard, weighted_nll
 
 Normaliser = Literal["weights", "tokens"]
 
@@ -43,6 +43,7 @@ def next_token_loss(
     vision_offset: int,
     config: HeadLossConfig,
     normalise: Normaliser = "weights",
+    shard: VocabularyShard | None = None,
 ) -> dict[str, Term]:
     """Hidden states, head, labels and their weights -> `loss`, the weighted cross-entropy, and plain ones of `text` and
     `vision`.
@@ -57,7 +58,7 @@ def next_token_loss(
     hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, counted_N)
     labels_N, weights_N = labels_BL.flatten()[counted_N], weights_BL.flatten()[counted_N]
     if len(labels_N):
-        total, nll_N = weighted_nll(hidden_ND, head_VD, labels_N, weights_N, config)
+        total, nll_N = weighted_nll(hidden_ND, head_VD, labels_N, weights_N, config, shard)
     else:  # the share of one worker: its gradients are zero, not absent
         total, nll_N = 0.0 * (hidden_BLD.sum() + head_VD.sum()).float(), weights_N
     vision_N = labels_N >= vision_offset

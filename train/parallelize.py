@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from train.losses import Term
+from train.mesh import LayoutConfig
 
 
 def num_workers() -> int:
@@ -26,14 +27,16 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def reduce_step(model: nn.Module, terms: Mapping[str, Term]) -> dict[str, float]:
+def reduce_step(model: nn.Module, terms: Mapping[str, Term], layout: LayoutConfig) -> dict[str, float]:
     """After the backward pass of the total of `loss` on each worker: leave the gradients of the global mean in place.
 
     Returns the global mean of each term; a term that nothing was weighed for is left out.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     figures = torch.stack([part.detach().float() for term in terms.values() for part in (term.total, term.weight)])
-    if num_workers() > 1:
+    if not layout.is_whole:  # gradients are added up already; workers of a tensor group all have the same figures
+        figures = sum_over_workers(figures) / layout.tensor
+    elif num_workers() > 1:
         # One message: small ones cost a round trip each.
         flat = torch.cat([gradient.flatten() for gradient in gradients] + [figures])
         dist.all_reduce(flat)

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from model.transformer import TRANSFORMER_SIZES, Transformer, TransformerConfig
-from model.weights import describe_language_model, load_transformer, save_language_model
+from model.weights import describe_language_model, read_transformer, save_language_model
 from schemas.document import TokenWeights
 from schemas.errors import ConfigError
 from schemas.recipe import later_option
@@ -24,7 +24,9 @@ from train.head_loss import HeadLossConfig
 from train.launch import run_training, training_identity
 from train.loop import ExecutionConfig, TrainingConfig, WeightsOnly
 from train.losses import Normaliser, Term, next_token_loss
+from train.mesh import LayoutConfig, Mesh
 from train.progress import OnProgress, TrainingResult
+from train.sharding import head_of, place_transformer
 
 OBJECTIVE = "pretrain"
 MAY_CHANGE = frozenset({"dropout", "max_position_embeddings"})  # from one stage to the next
@@ -36,6 +38,18 @@ class LanguageExecutionConfig(ExecutionConfig):
     head_loss: HeadLossConfig = later_option(HeadLossConfig())
     rows_at_once: int | None = later_option(None, ge=1)
     """Rows that go through the network together on a worker, whose memory it sets; gradients are added. None: all of them."""
+    layout: LayoutConfig = later_option(LayoutConfig())
+
+    @model_validator(mode="after")
+    def _check_head(self) -> Self:
+        if self.layout.tensor > 1 and self.head_loss.kind != "chunked":
+            raise ValueError(f"found head_loss.kind {self.head_loss.kind!r} with layout.tensor, expected 'chunked'")
+        return self
+
+    @property
+    def spread(self) -> LayoutConfig:
+        """How the network is spread over the workers."""
+        return self.layout
 
 
 class PretrainConfig(TrainingConfig):
@@ -63,7 +77,12 @@ class PretrainConfig(TrainingConfig):
             raise ValueError("found model.vocab_size, which follows from the data: leave it out")
         if not (self.vision_weight or self.text_weight):
             raise ValueError("found vision_weight and text_weight 0, expected one of them to be learnt")
-        self.transformer_config(1)
+        architecture, tensor = self.transformer_config(1), self.execution.layout.tensor
+        if architecture.num_kv_heads % tensor or architecture.intermediate_size % tensor:
+            found = f"{architecture.num_kv_heads} key-value heads and an intermediate_size of {architecture.intermediate_size}"
+            raise ValueError(f"found {found}, expected multiples of layout.tensor {tensor}")
+        if self.optim.matrices == "muon" and not self.execution.layout.is_whole:
+            raise ValueError("found optim.matrices 'muon' and a layout, expected 'adamw': Muon needs whole matrices")
         return self
 
     @property
@@ -105,17 +124,15 @@ class PretrainObjective(WeightsOnly):
             for row in range(self.num_rows())
         )
 
-    def build_model(self) -> nn.Module:
+    def build_model(self, mesh: Mesh) -> nn.Module:
         """A transformer of the weights to begin with, or a fresh one, whose padding row is zero."""
         vocabulary = self.data.vocabulary
-        config = self.config.transformer_config(vocabulary.size)
-        if self.weights is None:
-            model = Transformer(config)
-            model.init_weights(vocabulary.pad)
-            return model
         with torch.device("meta"):
-            model = Transformer(config)
-        load_transformer(model, self.weights, dtype=torch.float32)
+            model = Transformer(self.config.transformer_config(vocabulary.size))
+        if self.weights is None:
+            place_transformer(model, model.fresh_weights(vocabulary.pad), mesh)
+        else:
+            place_transformer(model, read_transformer(model, self.weights).items(), mesh)
         return model
 
     def parts(self, rows: Rows) -> Sequence[Rows]:
@@ -123,24 +140,27 @@ class PretrainObjective(WeightsOnly):
         size = self.config.execution.rows_at_once or len(rows)
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
-    def loss(
-        self, model: nn.Module, rows: Rows, step: int, device: torch.device, state: dict[str, Tensor]
-    ) -> dict[str, Term]:
+    def loss(self, model: nn.Module, rows: Rows, step: int, mesh: Mesh, state: dict[str, Tensor]) -> dict[str, Term]:
         """Rows -> `loss`, and the plain cross-entropies of `text` and `vision`."""
         config = self.config
-        batch = token_batch(self._file(), rows, self.data, config.token_weights).to(device)
+        length = mesh.row_length(self.data.context_len)
+        batch = token_batch(self._file(), rows, self.data, config.token_weights, length).to(mesh.device)
+        batch, plan = mesh.share_context(batch)
         assert isinstance(model, Transformer)
+        documents_BL = batch.document_ids_BL if plan is None else None
         hidden_BLD = model.hidden(
-            batch.tokens_BL, positions_BL=batch.positions_BL, document_ids_BL=batch.document_ids_BL
+            batch.tokens_BL, positions_BL=batch.positions_BL, document_ids_BL=documents_BL, plan=plan
         )
+        hidden_BLD, head_VD, shard = head_of(model, hidden_BLD)
         return next_token_loss(
             hidden_BLD,
-            model.lm_head.weight,
+            head_VD,
             batch.labels_BL,
             batch.weights_BL,
             self.data.vocabulary.vision_offset,
             config.execution.head_loss,
             config.normalise,
+            shard,
         )
 
     def export(self, model: nn.Module, folder: Path) -> None:

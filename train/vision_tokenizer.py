@@ -26,6 +26,7 @@ from train.batches import FRAMES_PER_CHUNK, FrameData, FrameFile, Frames, Rows, 
 from train.launch import run_training, training_identity
 from train.loop import TrainingConfig
 from train.losses import Term, vision_tokenizer_loss
+from train.mesh import Mesh
 from train.optim import OptimConfig
 from train.parallelize import copy_from_first, sum_over_workers
 from train.progress import OnProgress, TrainingResult
@@ -87,14 +88,14 @@ class TokenizerObjective:
         height, width = self._file().read(np.zeros(1, np.int64)).shape[2:4]
         return height, width
 
-    def build_model(self) -> nn.Module:
+    def build_model(self, mesh: Mesh) -> nn.Module:
         """A fresh tokenizer, in the memory layout that convolutions on CPUs and GPUs are fastest in."""
         model = VisionTokenizer(self.config.tokenizer_config())
         model.pass_through_time()
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return model
+        return model.to(mesh.device)
 
     def initial_state(self, model: nn.Module) -> dict[str, Tensor]:
         """How often each code was chosen since the last reset."""
@@ -116,11 +117,9 @@ class TokenizerObjective:
         """All rows together: they are normalised by what they have in common."""
         return [rows]
 
-    def loss(
-        self, model: nn.Module, rows: Rows, step: int, device: torch.device, state: dict[str, Tensor]
-    ) -> dict[str, Term]:
+    def loss(self, model: nn.Module, rows: Rows, step: int, mesh: Mesh, state: dict[str, Tensor]) -> dict[str, Term]:
         """Chunks -> `loss`, and its `pixels` (squared error in [-1, 1]) and `commitment` parts."""
-        pixels_BTCHW = self._pixels(rows, step, device)
+        pixels_BTCHW = self._pixels(rows, step, mesh.device)
         output = model(pixels_BTCHW, quantize=step >= self.config.free_steps)
         uses_K = torch.bincount(output.codes_BThw.flatten().cpu(), minlength=len(state[CODE_USES]))
         state[CODE_USES] += sum_over_workers(uses_K)

@@ -5,16 +5,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from model.text_tokenizer import TinyBpe
 from schemas.document import TextDocument, VisionBlock, VisionDocument, write_document
 from schemas.vocabulary import Vocabulary
 from train.batches import FrameData, SequenceData, write_frame_file, write_sequence_file
+from train.mesh import LayoutConfig, Mesh
 from train.pretrain import PretrainConfig
 from train.vision_tokenizer import TokenizerTrainingConfig
 
 VOCABULARY = Vocabulary(num_text=256, num_codes=16)
 CONTEXT_LEN = 64
+ALONE = Mesh(LayoutConfig(), torch.device("cpu"))
 TINY_MODEL: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,

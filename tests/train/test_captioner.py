@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from model.captioner import CaptionerSize, write_captioner
 from schemas.errors import ConfigError
+from tests.train.small_data import ALONE
 from train.captioner import (
     CaptionData,
     CaptionerObjective,
@@ -23,7 +24,6 @@ from train.captioner import (
 from train.launch import training_identity
 from train.loop import run_loop
 
-CPU = torch.device("cpu")
 SIZE = CaptionerSize(side_px=32, temporal_patch_size=2)
 RNG = np.random.default_rng(0)
 
@@ -67,12 +67,12 @@ def objective(data: CaptionData, start: Path) -> CaptionerObjective:
 
 @pytest.fixture(scope="module")
 def model(objective: CaptionerObjective) -> nn.Module:
-    return objective.build_model().eval()
+    return objective.build_model(ALONE).eval()
 
 
 def loss(objective: CaptionerObjective, model: nn.Module, *rows: int) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        term = objective.loss(model, np.array(rows), 0, CPU, {})["loss"]
+        term = objective.loss(model, np.array(rows), 0, ALONE, {})["loss"]
     return term.total, term.weight
 
 
@@ -160,7 +160,7 @@ def test_training_ends_in_a_folder_that_transformers_loads(data: CaptionData, st
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     objective = CaptionerObjective(config(steps=30, batch_size=4), data, str(start))
-    before = loss(objective, objective.build_model().eval(), 0, 1, 2, 3)
+    before = loss(objective, objective.build_model(ALONE).eval(), 0, 1, 2, 3)
     run_loop(objective, training_identity("captioner", objective.config, "d", "s"), tmp_path)
     trained = AutoModelForImageTextToText.from_pretrained(tmp_path / "weights", dtype=torch.float32).eval()
     assert AutoProcessor.from_pretrained(tmp_path / "weights").chat_template

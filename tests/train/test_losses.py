@@ -68,7 +68,7 @@ def test_parts_of_a_batch_add_up() -> None:
     whole = _terms(logits, labels, weights)
     parts = [_terms(logits[rows], labels[rows], weights[rows]) for rows in (slice(1), slice(1, 3))]
     for name, term in whole.items():
-        total = sum(float(part[name].total) for part in parts)
+        total = sum(float(part[name].total.detach()) for part in parts)
         weight = sum(float(part[name].weight) for part in parts)
         assert total / weight == pytest.approx(term.mean.item(), rel=1e-6)
 

@@ -13,7 +13,7 @@ from model.weights import digest
 from schemas.document import TextDocument, write_document
 from schemas.errors import ConfigError
 from schemas.vocabulary import Vocabulary
-from tests.train.small_data import VOCABULARY, pretrain_config, sequence_data, text_tokenizer
+from tests.train.small_data import ALONE, VOCABULARY, pretrain_config, sequence_data, text_tokenizer
 from train.batches import SequenceFile, write_sequence_file
 from train.head_loss import HeadLossConfig
 from train.launch import training_identity
@@ -27,8 +27,8 @@ def test_a_packed_row_costs_what_its_documents_cost_alone(tmp_path: Path) -> Non
     data = sequence_data(tmp_path, num_rows=3)
     objective = PretrainObjective(pretrain_config(), data)
     torch.manual_seed(0)
-    model = objective.build_model().eval()
-    terms = objective.loss(model, np.arange(3), 0, torch.device("cpu"), {})
+    model = objective.build_model(ALONE).eval()
+    terms = objective.loss(model, np.arange(3), 0, ALONE, {})
     file = SequenceFile(data.path)
     total = weight = 0.0
     for row in range(3):
@@ -46,7 +46,7 @@ def test_a_packed_row_costs_what_its_documents_cost_alone(tmp_path: Path) -> Non
 
 
 def test_the_padding_row_starts_at_zero(tmp_path: Path) -> None:
-    model = PretrainObjective(pretrain_config(), sequence_data(tmp_path)).build_model()
+    model = PretrainObjective(pretrain_config(), sequence_data(tmp_path)).build_model(ALONE)
     embedding = model.get_parameter("model.embed_tokens.weight")
     assert embedding.shape[0] == VOCABULARY.size
     assert not embedding[VOCABULARY.pad].any()
@@ -95,11 +95,11 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Start:
 def test_a_later_stage_begins_where_the_one_before_ended(begun: Start, tmp_path: Path) -> None:
     config = pretrain_config(steps=30, model={"dropout": 0.3, "max_position_embeddings": 256}, text_weight=0.0)
     objective = PretrainObjective(config, sequence_data(tmp_path), begun.folder)
-    model = objective.build_model()
+    model = objective.build_model(ALONE)
     assert digest(model) == begun.digest
     assert isinstance(model, Transformer)
     assert (model.config.dropout, model.config.max_position_embeddings) == (0.3, 256)
-    fresh = PretrainObjective(config, sequence_data(tmp_path)).build_model()
+    fresh = PretrainObjective(config, sequence_data(tmp_path)).build_model(ALONE)
     assert digest(fresh) != begun.digest
 
 
@@ -133,7 +133,7 @@ def test_sequences_in_other_ids_are_refused(begun: Start, tmp_path: Path) -> Non
 
 def test_only_what_weighs_is_learnt(tmp_path: Path) -> None:
     data = sequence_data(tmp_path)
-    rows, device = np.arange(6), torch.device("cpu")
+    rows = np.arange(6)
     terms = {}
     for name, weights in {
         "vision": {"text_weight": 0.0, "structure_weight": 0.0},
@@ -141,7 +141,7 @@ def test_only_what_weighs_is_learnt(tmp_path: Path) -> None:
     }.items():
         objective = PretrainObjective(pretrain_config(**weights), data)
         torch.manual_seed(0)
-        terms[name] = objective.loss(objective.build_model(), rows, 0, device, {})
+        terms[name] = objective.loss(objective.build_model(ALONE), rows, 0, ALONE, {})
     for name, other in (("vision", "text"), ("text", "vision")):
         assert float(terms[name][name].weight) > 0
         assert float(terms[name][other].weight) == 0
@@ -150,7 +150,7 @@ def test_only_what_weighs_is_learnt(tmp_path: Path) -> None:
 
 
 def test_the_loss_is_worked_out_as_the_options_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, rows, device = sequence_data(tmp_path), np.arange(4), torch.device("cpu")
+    data, rows = sequence_data(tmp_path), np.arange(4)
     asked: list[HeadLossConfig] = []
 
     def spy(*arguments: Any) -> dict[str, Term]:
@@ -161,7 +161,7 @@ def test_the_loss_is_worked_out_as_the_options_say(tmp_path: Path, monkeypatch: 
     weights = []
     for options in ({}, {"normalise": "tokens", "execution": {"head_loss": {"kind": "whole"}}}):
         objective = PretrainObjective(pretrain_config(**options), data)
-        weights.append(float(objective.loss(objective.build_model(), rows, 0, device, {})["loss"].weight))
+        weights.append(float(objective.loss(objective.build_model(ALONE), rows, 0, ALONE, {})["loss"].weight))
     assert weights[0] < weights[1] == int(weights[1])
     assert [how.kind for how in asked] == ["chunked", "whole"]
 

@@ -8,18 +8,16 @@ from pydantic import ValidationError
 from model.vision_tokenizer.pixels import pixels_from_rgb
 from model.vision_tokenizer.tokenizer import VisionTokenizer
 from schemas.errors import ConfigError
-from tests.train.small_data import frame_data, tokenizer_config
+from tests.train.small_data import ALONE, frame_data, tokenizer_config
 from train.batches import FrameFile
 from train.vision_tokenizer import CODE_USES, TokenizerObjective, train_vision_tokenizer
-
-CPU = torch.device("cpu")
 
 
 def _started(objective: TokenizerObjective) -> tuple[VisionTokenizer, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
-    model = objective.build_model().train()
+    model = objective.build_model(ALONE).train()
     assert isinstance(model, VisionTokenizer)
-    objective.start(model, CPU)
+    objective.start(model, ALONE.device)
     return model, objective.initial_state(model)
 
 
@@ -39,13 +37,13 @@ def test_uses_are_counted_and_unused_codes_moved(tmp_path: Path) -> None:
     model, state = _started(objective)
     with torch.no_grad():
         model.quantize.embedding.weight[3] = 1e3  # far from everything: nothing chooses it
-    objective.loss(model, np.arange(4), 0, CPU, state)
+    objective.loss(model, np.arange(4), 0, ALONE, state)
     codes_per_chunk = 4 * 4  # an 8 px crop at two pixels per code
     assert int(state[CODE_USES].sum()) == 4 * codes_per_chunk
     assert int(state[CODE_USES][3]) == 0
-    objective.finish_step(model, 0, CPU, state)
+    objective.finish_step(model, 0, ALONE.device, state)
     assert float(model.quantize.embedding.weight[3, 0]) == 1e3  # not yet
-    objective.finish_step(model, 1, CPU, state)
+    objective.finish_step(model, 1, ALONE.device, state)
     assert float(model.quantize.embedding.weight[3].abs().max()) < 1e2
     assert int(state[CODE_USES].sum()) == 0
     assert model.training
@@ -57,18 +55,18 @@ def test_codes_stay_where_they_are_near_the_end(tmp_path: Path) -> None:
     )
     model, state = _started(objective)
     before = model.quantize.embedding.weight.clone()
-    objective.finish_step(model, 5, CPU, state)  # nothing was used, but step 6 of 8 is past the half
+    objective.finish_step(model, 5, ALONE.device, state)  # nothing was used, but step 6 of 8 is past the half
     assert torch.equal(model.quantize.embedding.weight, before)
 
 
 def test_a_crop_depends_on_seed_step_and_row_alone(tmp_path: Path) -> None:
     data = frame_data(tmp_path, size_px=32)
     objective = TokenizerObjective(tokenizer_config(crop_px=8), data)
-    together = objective._pixels(np.array([0, 3, 5]), 4, CPU)
+    together = objective._pixels(np.array([0, 3, 5]), 4, ALONE.device)
     assert together.shape == (3, 4, 3, 8, 8)
     for place, row in enumerate((0, 3, 5)):
-        assert torch.equal(objective._pixels(np.array([row]), 4, CPU)[0], together[place])
-    other_step = objective._pixels(np.array([0, 3, 5]), 5, CPU)
+        assert torch.equal(objective._pixels(np.array([row]), 4, ALONE.device)[0], together[place])
+    other_step = objective._pixels(np.array([0, 3, 5]), 5, ALONE.device)
     assert not torch.equal(other_step, together)
     whole = pixels_from_rgb(FrameFile(data.path).read(np.array([3])))
     places = whole.unfold(3, 8, 1).unfold(4, 8, 1)[0, 0, 0].flatten(2, 3).flatten(0, 1)
@@ -91,7 +89,7 @@ def test_free_steps_pass_latents_and_place_the_codebook_at_their_end(tmp_path: P
     objective = TokenizerObjective(tokenizer_config(free_steps=2, reset_every=100), frame_data(tmp_path))
     model, state = _started(objective)
     fresh = model.quantize.embedding.weight.detach().clone()
-    free = objective.loss(model, np.arange(4), 0, CPU, state)
+    free = objective.loss(model, np.arange(4), 0, ALONE, state)
     assert float(free["commitment"].total) == 0
     assert float(free["loss"].mean) == pytest.approx(float(free["pixels"].mean))
     free["loss"].total.backward()
@@ -99,12 +97,12 @@ def test_free_steps_pass_latents_and_place_the_codebook_at_their_end(tmp_path: P
     assert all(
         p.grad is not None and p.grad.any() for p in (model.encoder.conv_in.weight, model.decoder.conv_out.weight)
     )
-    objective.finish_step(model, 0, CPU, state)
+    objective.finish_step(model, 0, ALONE.device, state)
     assert torch.equal(model.quantize.embedding.weight, fresh)
-    objective.finish_step(model, 1, CPU, state)
+    objective.finish_step(model, 1, ALONE.device, state)
     assert not torch.equal(model.quantize.embedding.weight, fresh)
     assert int(state[CODE_USES].sum()) == 0
-    assert float(objective.loss(model, np.arange(4), 2, CPU, state)["commitment"].total) > 0
+    assert float(objective.loss(model, np.arange(4), 2, ALONE, state)["commitment"].total) > 0
 
 
 def test_more_free_steps_than_steps_are_refused() -> None:

@@ -1,0 +1,249 @@
+import itertools
+import multiprocessing
+import shutil
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from model.attention import AttentionPlan, SelfAttention, plan_attention
+from model.rope import rotary_tables, rotate
+from model.transformer import TransformerConfig
+from tests.train.small_data import TINY_MODEL, pretrain_config, sequence_data
+from train.batches import SequenceData, write_sequence_file
+from train.launch import training_identity
+from train.loop import run_loop
+from train.mesh import LayoutConfig, Mesh, _shared_rows
+from train.pretrain import PretrainObjective
+from train.progress import read_losses
+
+STEPS = 20
+LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    2: {
+        "shard": {"shard": 2},
+        "context": {"context": 2},
+        "tensor": {"tensor": 2},
+        "recomputed": {"shard": 2, "recompute": "full"},
+        "selective": {"shard": 2, "recompute": "selective"},
+    },
+    4: {
+        "shard-tensor": {"shard": 2, "tensor": 2},
+        "replicas": {"shard": 2},
+        "shard-context": {"shard": 2, "context": 2},
+        "context-tensor": {"context": 2, "tensor": 2},
+        "context-4": {"context": 4},
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def _torch_settings() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+def _objective(folder: Path, num_workers: int, layout: dict[str, Any]) -> PretrainObjective:
+    config = pretrain_config(
+        steps=STEPS,
+        # Gradients that are only rounding stay small.
+        optim={"learning_rate": 0.003, "warmup_steps": 2, "eps": 1e-5},
+        model={"num_heads": 4, "num_kv_heads": 2, "head_dim": 8},
+        execution={"num_workers": num_workers, "layout": layout, "log_every": 1, "checkpoint_every": 5},
+    )
+    return PretrainObjective(config, _rows_of_all_lengths(folder))
+
+
+def _rows_of_all_lengths(folder: Path) -> SequenceData:
+    """Rows of one to nine documents, of lengths that no number of workers divides."""
+    folder.mkdir(exist_ok=True)
+    data, rng = sequence_data(folder), np.random.default_rng(5)
+    rows, segments = [], []
+    for _ in range(9):
+        cuts = np.unique(rng.integers(1, 61, rng.integers(1, 10)))
+        edges = [0, *cuts.tolist(), 61]
+        rows.append(rng.integers(0, data.vocabulary.size, 61).astype(np.uint32))
+        segments.append(
+            [
+                {"kind": "image", "item_id": str(start), "offset": start, "length": end - start}
+                for start, end in itertools.pairwise(edges)
+            ]
+        )
+    write_sequence_file(data.path, rows, segments)
+    return data
+
+
+def _train(objective: PretrainObjective, storage: Path) -> None:
+    run_loop(objective, training_identity("test", objective.config, "data", "sha"), storage)
+
+
+def _worker(rank: int, world: int, name: str) -> None:
+    torch.set_num_threads(1)
+    folder = Path(name)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)
+    try:
+        for layout, options in LAYOUTS[world].items():
+            _train(_objective(folder / f"data-{rank}", world, options), folder / layout)
+        for giver, (layout, options) in zip([*LAYOUTS[world]][1:], LAYOUTS[world].items(), strict=False):
+            if rank == 0:
+                _hand_on(folder / giver, folder / f"{giver} to {layout}")
+            dist.barrier()
+            _train(_objective(folder / f"data-{rank}", world, options), folder / f"{giver} to {layout}")
+    finally:
+        dist.destroy_process_group()
+
+
+def _bfloat16_worker(rank: int, world: int, name: str) -> None:
+    torch.set_num_threads(1)
+    folder = Path(name)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)
+    try:
+        layout = {"shard": 2, "compute": "bfloat16"}
+        _train(_objective(folder / f"data-{rank}", world, layout), folder / "bfloat16")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_computing_in_bfloat16_keeps_float32_weights() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _train(_objective(folder / "data", 1, {}), folder / "alone")
+        _spawn(_bfloat16_worker, 2, name)
+        exact, rounded = (read_losses(folder / run / "progress.jsonl") for run in ("alone", "bfloat16"))
+        for right, line in zip(exact, rounded, strict=True):
+            assert line["loss"] == pytest.approx(right["loss"], rel=5e-3)
+        assert [line["loss"] for line in exact] != [line["loss"] for line in rounded]
+        weights = load_file(folder / "bfloat16" / "weights" / "model.safetensors")
+        assert {value.dtype for value in weights.values()} == {torch.float32}
+        # Updates far smaller than bfloat16 could hold arrived.
+        assert any(not torch.equal(value, value.bfloat16().float()) for value in weights.values())
+
+
+def _hand_on(giver: Path, taker: Path) -> None:
+    """The newest checkpoint of a training as all that another one has."""
+    shutil.copytree(giver / "checkpoints" / "step_00000015", taker / "checkpoints" / "step_00000015")
+
+
+def _spawn(target: Any, world: int, *arguments: object) -> None:
+    context = multiprocessing.get_context("spawn")
+    children = [context.Process(target=target, args=(rank, world, *arguments)) for rank in range(world)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(300)
+    assert [child.exitcode for child in children] == [0] * world
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_every_layout_takes_the_steps_of_one_worker(world: int) -> None:
+    with tempfile.TemporaryDirectory() as name:  # not tmp_path, whose name may be too long for the children
+        folder = Path(name)
+        _train(_objective(folder / "data", 1, {}), folder / "alone")
+        alone = load_file(folder / "alone" / "weights" / "model.safetensors")
+        _spawn(_worker, world, name)
+        takers = [f"{giver} to {taker}" for giver, taker in zip([*LAYOUTS[world]][1:], LAYOUTS[world], strict=False)]
+        for layout in LAYOUTS[world]:
+            takers.append(f"{layout} to alone")
+            _hand_on(folder / layout, folder / takers[-1])
+            _train(_objective(folder / "data", 1, {}), folder / takers[-1])
+        for run in (*LAYOUTS[world], *takers):
+            _assert_same_training(folder / "alone", folder / run, STEPS if run in LAYOUTS[world] else 5)
+            found = load_file(folder / run / "weights" / "model.safetensors")
+            for key, value in alone.items():
+                assert float((found[key] - value).abs().max()) <= 1e-5, f"{run}: {key}"
+
+
+def _assert_same_training(expected: Path, found: Path, num_steps: int) -> None:
+    mine, theirs = (read_losses(folder / "progress.jsonl") for folder in (expected, found))
+    assert len(theirs) == num_steps
+    for right, line in zip(mine[-num_steps:], theirs, strict=True):
+        for figure in ("step", "loss", "text", "vision", "grad_norm"):
+            assert line[figure] == pytest.approx(right[figure], rel=1e-5), f"{found.name}: {figure} of {right['step']}"
+
+
+CONFIG = TransformerConfig(
+    vocab_size=8,
+    hidden_size=16,
+    intermediate_size=8,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    dropout=0.0,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=7), min_size=1, max_size=2),
+    num_workers=st.integers(2, 4),
+)
+def test_rows_dealt_out_attend_as_whole_ones_do(lengths: list[list[int]], num_workers: int) -> None:
+    longest = max(sum(row) for row in lengths)
+    length = 2 * num_workers * -(-longest // (2 * num_workers))
+    documents_BL = torch.full((len(lengths), length), 99)
+    for row, sizes in enumerate(lengths):
+        documents_BL[row, : sum(sizes)] = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    torch.manual_seed(0)
+    attention = SelfAttention(CONFIG, 0)
+    x_BLD = torch.randn(len(lengths), length, CONFIG.hidden_size, requires_grad=True)
+    wanted_BLD = torch.randn_like(x_BLD)
+    cos, sin = rotary_tables(torch.arange(length).expand(len(lengths), length), CONFIG.head_dim, 100.0)
+    whole_BLD = attention(x_BLD, (cos, sin), plan_attention(documents_BL, None), None)
+    [whole_grad] = torch.autograd.grad((whole_BLD * wanted_BLD).sum(), x_BLD)
+    keys = {
+        name: torch.unflatten(layer(x_BLD), -1, (-1, CONFIG.head_dim))
+        for name, layer in (("key", attention.k_proj), ("value", attention.v_proj))
+    }
+    total = torch.zeros(())
+    for worker in range(num_workers):
+        part = length // (2 * num_workers)
+        parts = [range(index * part, (index + 1) * part) for index in (worker, 2 * num_workers - 1 - worker)]
+        places = torch.tensor([place for one in parts for place in one])
+        given_out = iter((rotate(keys["key"], cos, sin), keys["value"]))
+        plan = AttentionPlan(shared=_shared_rows(documents_BL, parts, partial(next, given_out)))
+        mine_BSD = attention(x_BLD[:, places], (cos[:, places], sin[:, places]), plan, None)
+        torch.testing.assert_close(mine_BSD, whole_BLD[:, places], atol=1e-6, rtol=1e-5)
+        total = total + (mine_BSD * wanted_BLD[:, places]).sum()
+    [grad] = torch.autograd.grad(total, x_BLD)
+    torch.testing.assert_close(grad, whole_grad, atol=1e-5, rtol=1e-5)
+
+
+@given(st.integers(1, 300), st.integers(1, 4), st.integers(1, 4))
+def test_rows_are_padded_so_that_all_workers_have_as_much(context_len: int, context: int, tensor: int) -> None:
+    mesh = Mesh(LayoutConfig(context=context, tensor=tensor), torch.device("cpu"))
+    length = mesh.row_length(context_len)
+    pieces = 2 * context if context > 1 else 1
+    assert length >= context_len
+    assert length % pieces == 0
+    assert length // context % tensor == 0
+    assert length - context_len < pieces * tensor
+
+
+@pytest.mark.parametrize(
+    ("workers", "layout", "more", "said"),
+    [
+        (3, {"shard": 2}, {}, "multiple of shard x context x tensor = 2"),
+        (4, {"shard": 4}, {"batch_size": 6}, "as many rows for each worker that reads its own: 4 do"),
+        (2, {"tensor": 2}, {}, "multiples of layout.tensor 2"),
+        (2, {"shard": 2}, {"optim": {"matrices": "muon"}}, "Muon needs whole matrices"),
+        (2, {"tensor": 2}, {"execution": {"head_loss": {"kind": "whole"}}}, "expected 'chunked'"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused(
+    workers: int, layout: dict[str, Any], more: dict[str, Any], said: str
+) -> None:
+    execution = {"num_workers": workers, "layout": layout, **more.get("execution", {})}
+    with pytest.raises(ValidationError, match=said):
+        pretrain_config(**{**more, "execution": execution}, model=TINY_MODEL)
