@@ -22,9 +22,9 @@ from torch.distributed.tensor import DTensor
 
 from model.weights import digest
 from schemas.errors import ConfigError
-from schemas.recipe import Config
+from schemas.recipe import Config, later_option
 from train.batches import Rows, batch_indices, worker_share
-from train.checkpoint import TrainingIdentity, restore_latest, save_checkpoint
+from train.checkpoint import CheckpointWriter, TrainingIdentity, restore_latest
 from train.files import write_text
 from train.losses import Term, sum_of
 from train.mesh import LayoutConfig, Mesh, build_mesh
@@ -46,6 +46,8 @@ class ExecutionConfig(Config):
     use_gpu: bool = False
     checkpoint_every: int = Field(default=100, ge=1)
     keep_last: int = Field(default=2, ge=1)
+    keep_every: int | None = later_option(None, ge=1)
+    """Checkpoints at multiples of this step are kept for good."""
     log_every: int = Field(default=10, ge=1)
     max_failures: int = Field(default=3, ge=0)
     """How often Ray restarts the workers before it gives up."""
@@ -204,21 +206,26 @@ def run_loop(objective: Objective, identity: TrainingIdentity, storage: Path, re
             objective.start(model, mesh.device)
         log = ProgressLog(folder.progress, config.steps, first) if rank() == 0 else None
         began = time.monotonic()
-        for step in range(first, config.steps):
-            figures = _train_step(objective, model, optimizers, step, mesh, state)
-            done = step + 1
-            is_logged = done % config.execution.log_every == 0 or done == config.steps
-            if log is not None and is_logged and "loss" in figures:
-                log.write(done, figures, time.monotonic() - began)
-            if done % config.execution.checkpoint_every == 0 and done < config.steps:
-                keep_last = config.execution.keep_last
-                save_checkpoint(folder.checkpoints, done, model, optimizers, state, identity, keep_last=keep_last)
-                if report is not None:
-                    report({"step": done, **figures})
+        with _writer(folder, identity, config.execution) as writer:
+            for step in range(first, config.steps):
+                figures = _train_step(objective, model, optimizers, step, mesh, state)
+                done = step + 1
+                is_logged = done % config.execution.log_every == 0 or done == config.steps
+                if log is not None and is_logged and "loss" in figures:
+                    log.write(done, figures, time.monotonic() - began)
+                writer.publish()
+                if done % config.execution.checkpoint_every == 0 and done < config.steps:
+                    writer.save(done, model, optimizers, state)
+                    if report is not None:
+                        report({"step": done, **figures})
         whole = gather_model(model, mesh)
         if rank() == 0:
             _finish(objective, whole, folder, config.steps)
         barrier()
+
+
+def _writer(folder: TrainingFolder, identity: TrainingIdentity, execution: ExecutionConfig) -> CheckpointWriter:
+    return CheckpointWriter(folder.checkpoints, identity, execution.keep_last, execution.keep_every)
 
 
 def use_exact_arithmetic(num_threads: int) -> None:

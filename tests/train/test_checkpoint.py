@@ -1,14 +1,18 @@
 import dataclasses
+import errno
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from schemas.errors import ConfigError
-from train.checkpoint import TrainingIdentity, latest, restore_latest, save_checkpoint
+from train.checkpoint import CheckpointWriter, TrainingIdentity, latest, restore_latest
 from train.optim import OptimConfig, build_optimizers
 
 IDENTITY = TrainingIdentity("pretrain", "options", "data", "sha")
@@ -28,9 +32,11 @@ def _step(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], seed: i
         optimizer.step()
 
 
-def _save(folder: Path, step: int, keep_last: int = 2) -> Path:
+def _save(folder: Path, step: int, keep_every: int | None = None) -> None:
+    writer = CheckpointWriter(folder, IDENTITY, keep_last=2, keep_every=keep_every)
     model, optimizer = _network(step)
-    return save_checkpoint(folder, step, model, optimizer, {}, IDENTITY, keep_last=keep_last)
+    writer.save(step, model, optimizer, {})
+    writer.wait()
 
 
 def test_a_restored_training_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
@@ -38,12 +44,17 @@ def test_a_restored_training_goes_on_as_if_nothing_had_happened(tmp_path: Path) 
     extra = {"uses": torch.tensor([3, 1, 4])}
     for seed in range(3):
         _step(model, optimizer, seed)
-    save_checkpoint(tmp_path, 3, model, optimizer, extra, IDENTITY, keep_last=2)
+    writer = CheckpointWriter(tmp_path, IDENTITY, keep_last=2)
+    writer.save(3, model, optimizer, extra)
+    _step(model, optimizer, 3)  # while it is being written
+    extra["uses"].zero_()
+    writer.wait()
     other, other_optimizer = _network(99)
     other_extra: dict[str, Tensor] = {"uses": torch.zeros(3, dtype=torch.int64)}
     assert restore_latest(tmp_path, other, other_optimizer, other_extra, IDENTITY) == 3
     assert other_extra["uses"].tolist() == [3, 1, 4]
-    for seed in range(3, 6):
+    _step(other, other_optimizer, 3)
+    for seed in range(4, 6):
         _step(model, optimizer, seed)
         _step(other, other_optimizer, seed)
     for name, value in model.state_dict().items():
@@ -63,6 +74,52 @@ def test_the_last_ones_are_kept(tmp_path: Path) -> None:
         _save(tmp_path, step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000100", "step_09999999"]
     assert latest(tmp_path) == (9_999_999, tmp_path / "step_09999999")
+
+
+def test_some_are_kept_for_good(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20, 25, 30):
+        _save(tmp_path, step, keep_every=10)
+    assert [int(path.name[5:]) for path in sorted(tmp_path.iterdir())] == [10, 20, 25, 30]
+
+
+def test_a_checkpoint_has_its_name_when_all_of_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written, go_on = threading.Event(), threading.Event()
+
+    def slowly(*arguments: Any, **options: Any) -> Any:
+        written.set()
+        assert go_on.wait(60)
+        return finish(*arguments, **options)
+
+    finish = FileSystemWriter.finish
+    monkeypatch.setattr(FileSystemWriter, "finish", slowly)
+    writer = CheckpointWriter(tmp_path, IDENTITY, keep_last=2)
+    model, optimizer = _network(0)
+    writer.save(5, model, optimizer, {})
+    assert written.wait(60)
+    writer.publish()
+    assert latest(tmp_path) is None
+    go_on.set()
+    writer.wait()
+    assert latest(tmp_path) == (5, tmp_path / "step_00000005")
+
+
+def test_a_full_disk_is_an_error_and_the_older_checkpoint_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **options: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    _save(tmp_path, 5)
+    monkeypatch.setattr(FileSystemWriter, "write_data", full)
+    writer = CheckpointWriter(tmp_path, IDENTITY, keep_last=1)
+    model, optimizer = _network(0)
+    writer.save(10, model, optimizer, {})
+    with pytest.raises(BaseException, match="No space left"):
+        writer.wait()
+    assert latest(tmp_path) == (5, tmp_path / "step_00000005")
+    monkeypatch.undo()
+    assert restore_latest(tmp_path, model, optimizer, {}, IDENTITY) == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000005"]
 
 
 def test_an_unfinished_checkpoint_is_none(tmp_path: Path) -> None:
