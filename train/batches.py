@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -158,6 +159,10 @@ class SequenceFile:
         self._tokens = table.column("tokens")
         self._segments = table.column("segments")
         self._answers = table.column("answers")
+        # What every step asks for, out of the lists of structures once and for all: 8 bytes a document.
+        self._first = np.concatenate([[0], np.cumsum(pc.list_value_length(self._segments).to_numpy())])
+        fields = pc.list_flatten(self._segments)
+        self._offsets, self._lengths = (pc.struct_field(fields, name).to_numpy() for name in ("offset", "length"))
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -179,13 +184,19 @@ class SequenceFile:
 
         Raises: SchemaError if segments do not cover the row from end to end.
         """
-        return _document_lengths(self.segments(row), len(self.tokens(row)), row)
+        documents = slice(self._first[row], self._first[row + 1])
+        num_tokens = self._tokens[row].as_buffer().size // TOKEN_TYPE.itemsize
+        return _check_cover(self._offsets[documents], self._lengths[documents], num_tokens, row)
 
 
 def _document_lengths(segments: Sequence[Mapping[str, object]], num_tokens: int, row: int) -> Rows:
     offsets = np.asarray([segment["offset"] for segment in segments], np.int64)
     lengths = np.asarray([segment["length"] for segment in segments], np.int64)
-    ends = np.cumsum(lengths)
+    return _check_cover(offsets, lengths, num_tokens, row)
+
+
+def _check_cover(offsets: Rows, lengths: Rows, num_tokens: int, row: int) -> Rows:
+    ends = np.cumsum(lengths, dtype=np.int64)
     if not len(ends) or ends[-1] != num_tokens or not np.array_equal(offsets, ends - lengths) or lengths.min() < 1:
         found = list(zip(offsets.tolist(), lengths.tolist(), strict=True))
         raise SchemaError(f"row {row}: found segments {found}, expected them to cover its {num_tokens} tokens in order")
@@ -202,28 +213,36 @@ def token_batch(
     vocabulary = data.vocabulary
     shape = (len(rows), length or data.context_len)
     tokens = np.full(shape, vocabulary.pad, np.int64)
-    labels = np.full(shape, vocabulary.pad, np.int64)
-    weights = np.zeros(shape, np.float32)
-    positions = np.zeros(shape, np.int64)
-    documents = np.zeros(shape, np.int64)
+    documents: list[Rows] = []  # lengths of each row's documents, padding as one more
     for place, row in enumerate(rows):
-        ids = file.tokens(int(row)).astype(np.int64)
+        ids = file.tokens(int(row))
         if len(ids) > data.context_len or ids.max() >= vocabulary.size:
             found = f"{len(ids)} tokens with ids up to {ids.max()}"
             expected = f"at most {data.context_len} tokens with ids below {vocabulary.size}"
             raise SchemaError(f"row {row} of {file}: found {found}, expected {expected}")
-        lengths = file.document_lengths(int(row))
-        ends = np.cumsum(lengths)
         tokens[place, : len(ids)] = ids
-        labels[place, : len(ids) - 1] = ids[1:]
+        documents.append(np.append(file.document_lengths(int(row)), shape[1] - len(ids)))
+    labels = np.empty(shape, np.int64)
+    labels[:, :-1], labels[:, -1] = tokens[:, 1:], vocabulary.pad
+    weights = _weight_table(vocabulary, token_weights)[labels]
+    for place, (row, lengths) in enumerate(zip(rows, documents, strict=True)):
+        ends = np.cumsum(lengths[:-1])
         labels[place, ends - 1] = vocabulary.pad  # the last token of a document predicts nothing
-        weights[place, : len(ids)] = loss_weights(labels[place, : len(ids)], vocabulary, token_weights)
         weights[place, ends - 1] = 0.0
+        weights[place, ends[-1] :] = 0.0
         _keep_answers(weights[place], ends, file.answers(int(row)))
-        positions[place, : len(ids)] = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)
-        documents[place, : len(ids)] = np.repeat(np.arange(len(lengths)), lengths)
-        documents[place, len(ids) :] = len(lengths)
-    return TokenBatch(*(torch.from_numpy(part) for part in (tokens, labels, weights, positions, documents)))
+    lengths = np.concatenate(documents)
+    numbers = np.concatenate([np.arange(len(row)) for row in documents])
+    starts = np.concatenate([np.cumsum(row) - row for row in documents])
+    positions = np.arange(shape[1]) - np.repeat(starts, lengths).reshape(shape)
+    document_ids = np.repeat(numbers, lengths).reshape(shape)
+    return TokenBatch(*(torch.from_numpy(part) for part in (tokens, labels, weights, positions, document_ids)))
+
+
+@lru_cache(maxsize=4)
+def _weight_table(vocabulary: Vocabulary, token_weights: TokenWeights) -> npt.NDArray[np.float32]:
+    """What each id weighs as a label."""
+    return loss_weights(np.arange(vocabulary.size), vocabulary, token_weights)
 
 
 def _keep_answers(weights_L: npt.NDArray[np.float32], ends: Rows, answers: Sequence[Mapping[str, int]]) -> None:
@@ -231,6 +250,8 @@ def _keep_answers(weights_L: npt.NDArray[np.float32], ends: Rows, answers: Seque
 
     Paper: Emu3 report, section 2.5.2: when the model learns to understand, neither pictures nor questions are learnt.
     """
+    if not answers:
+        return
     learnt = np.zeros(len(weights_L), np.bool_)
     chats = np.zeros(len(weights_L), np.bool_)
     for span in answers:
