@@ -324,7 +324,15 @@ def _storage(lake: Lake, training_id: str) -> Path:
 
 
 def _advance(advance: Advance) -> Callable[[Progress], None]:
-    return lambda said: advance(said.step, said.steps, f"loss {said.loss:.4f}")
+    def say(said: Progress) -> None:
+        speeds = [
+            f"{value:,.0f} {name.removesuffix('_per_s')}/s"
+            for name, value in said.speed.items()
+            if name.endswith("_per_s")
+        ]
+        advance(said.step, said.steps, ", ".join([f"loss {said.loss:.4f}", *speeds]))
+
+    return say
 
 
 def _frame_data(

@@ -69,6 +69,7 @@ class TokenBatch:
     """Rows as tensors on one device. A label is the next token of the same document; without one its weight is 0.
 
     `document_ids_BL` counts a row's documents from 0; padding is a document of its own, so nothing attends to it.
+    `quarters_BL` says in which quarter of its document a token is, 0..3.
     """
 
     tokens_BL: Tensor
@@ -76,6 +77,7 @@ class TokenBatch:
     weights_BL: Tensor
     positions_BL: Tensor
     document_ids_BL: Tensor
+    quarters_BL: Tensor
 
     def to(self, device: torch.device) -> "TokenBatch":
         """The same batch on another device."""
@@ -175,6 +177,11 @@ class SequenceFile:
         """A row -> its documents in order: kind, item_id, offset and length in tokens."""
         return list(self._segments[row].as_py())
 
+    def item_ids(self) -> set[str]:
+        """What the documents of all rows are made of."""
+        items = pc.struct_field(pc.list_flatten(self._segments), "item_id")
+        return set(pc.unique(items).to_pylist())
+
     def answers(self, row: int) -> list[dict[str, int]]:
         """A row -> the answers of its conversations in order: offset in the row and length, in tokens."""
         return list(self._answers[row].as_py())
@@ -236,7 +243,10 @@ def token_batch(
     starts = np.concatenate([np.cumsum(row) - row for row in documents])
     positions = np.arange(shape[1]) - np.repeat(starts, lengths).reshape(shape)
     document_ids = np.repeat(numbers, lengths).reshape(shape)
-    return TokenBatch(*(torch.from_numpy(part) for part in (tokens, labels, weights, positions, document_ids)))
+    edges = -(-lengths[:, None] * np.arange(5) // 4)
+    quarters = np.repeat(np.tile(np.arange(4, dtype=np.int8), len(lengths)), np.diff(edges).ravel()).reshape(shape)
+    parts = (tokens, labels, weights, positions, document_ids, quarters)
+    return TokenBatch(*(torch.from_numpy(part) for part in parts))
 
 
 @lru_cache(maxsize=4)
@@ -311,7 +321,7 @@ class FrameFile:
         return np.ascontiguousarray(self._chunks[rows])
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def open_sequences(path: Path) -> SequenceFile:
     """A path -> its sequence file, opened once per process."""
     return SequenceFile(path)

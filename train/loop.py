@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -26,10 +26,13 @@ from schemas.recipe import Config, later_option
 from train.batches import Rows, batch_indices, worker_share
 from train.checkpoint import CheckpointWriter, TrainingIdentity, restore_latest
 from train.files import write_text
+from train.journal import Journal
+from train.loggers import open_loggers
 from train.losses import Term, sum_of
 from train.mesh import LayoutConfig, Mesh, build_mesh
+from train.meter import Meter, Work
 from train.optim import OptimConfig, build_optimizers, learning_rate, set_learning_rate
-from train.parallelize import barrier, rank, reduce_step, share_batch_norm
+from train.parallelize import barrier, num_workers, rank, reduce_figures, reduce_step, share_batch_norm
 from train.progress import ProgressLog, read_losses
 from train.sharding import gather_model
 
@@ -49,6 +52,12 @@ class ExecutionConfig(Config):
     keep_every: int | None = later_option(None, ge=1)
     """Checkpoints at multiples of this step are kept for good."""
     log_every: int = Field(default=10, ge=1)
+    evaluate_every: int | None = later_option(None, ge=1)
+    """Steps between evaluations on held-out data, if there is some; None: after the last step alone."""
+    loggers: tuple[str, ...] = later_option(("tensorboard",))
+    """Where figures go besides the progress file: `tensorboard`, or `module:function` (train.loggers)."""
+    peak_tflops: float | None = later_option(None, gt=0)
+    """What a worker's GPU can do, for MFU: 989 for bfloat16 on an H100."""
     max_failures: int = Field(default=3, ge=0)
     """How often Ray restarts the workers before it gives up."""
 
@@ -66,6 +75,10 @@ class TrainingConfig(Config):
     seed: int = Field(default=0, ge=0)
     optim: OptimConfig = OptimConfig()
     execution: ExecutionConfig = ExecutionConfig()
+
+    def is_due(self, every: int | None, done: int) -> bool:
+        """Whether something that happens so often, and at the end, happens after these many steps."""
+        return done == self.steps or (every is not None and done % every == 0)
 
     @model_validator(mode="after")
     def _check_shares(self) -> Self:
@@ -120,6 +133,14 @@ class Objective(Protocol):
         """Called after the update of step `step`, on all workers alike."""
         ...
 
+    def evaluate(self, model: nn.Module, mesh: Mesh) -> dict[str, Term]:
+        """The terms of held-out data, of which each worker works out a share; none without such data."""
+        ...
+
+    def work(self, rows: Rows) -> Work:
+        """What rows of a batch are to compute."""
+        ...
+
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write the trained weights, at once."""
         ...
@@ -143,6 +164,14 @@ class WeightsOnly:
 
     def finish_step(self, model: nn.Module, step: int, device: torch.device, state: dict[str, Tensor]) -> None:
         """Nothing to do."""
+
+    def evaluate(self, model: nn.Module, mesh: Mesh) -> dict[str, Term]:
+        """Nothing is held out."""
+        return {}
+
+    def work(self, rows: Rows) -> Work:
+        """Rows, whatever they cost."""
+        return Work(len(rows), "rows")
 
 
 @dataclass(frozen=True)
@@ -204,16 +233,21 @@ def run_loop(objective: Objective, identity: TrainingIdentity, storage: Path, re
         first = restore_latest(folder.checkpoints, model, optimizers, state, identity)
         if first == 0:
             objective.start(model, mesh.device)
-        log = ProgressLog(folder.progress, config.steps, first) if rank() == 0 else None
-        began = time.monotonic()
-        with _writer(folder, identity, config.execution) as writer:
+        journal = _journal(folder, config, mesh, first) if rank() == 0 else None
+        with _writer(folder, identity, config.execution) as writer, journal.closing() if journal else nullcontext():
             for step in range(first, config.steps):
-                figures = _train_step(objective, model, optimizers, step, mesh, state)
+                rows = batch_indices(config.seed, step, config.batch_size, objective.num_rows())
+                figures = _train_step(objective, model, optimizers, step, rows, mesh, state)
                 done = step + 1
-                is_logged = done % config.execution.log_every == 0 or done == config.steps
-                if log is not None and is_logged and "loss" in figures:
-                    log.write(done, figures, time.monotonic() - began)
                 writer.publish()
+                if journal is not None:
+                    journal.meter.add(objective.work(rows))
+                is_evaluated = config.is_due(config.execution.evaluate_every, done)
+                if is_evaluated:
+                    with journal.meter.paused() if journal else nullcontext():
+                        figures |= _evaluate(objective, model, mesh)
+                if journal is not None and (is_evaluated or config.is_due(config.execution.log_every, done)):
+                    journal.write(done, figures)
                 if done % config.execution.checkpoint_every == 0 and done < config.steps:
                     writer.save(done, model, optimizers, state)
                     if report is not None:
@@ -222,6 +256,24 @@ def run_loop(objective: Objective, identity: TrainingIdentity, storage: Path, re
         if rank() == 0:
             _finish(objective, whole, folder, config.steps)
         barrier()
+
+
+def _journal(folder: TrainingFolder, config: TrainingConfig, mesh: Mesh, first: int) -> Journal:
+    return Journal(
+        ProgressLog(folder.progress, config.steps, first),
+        open_loggers(config.execution.loggers, folder.path, first),
+        Meter(num_workers(), mesh.device, config.execution.peak_tflops),
+    )
+
+
+def _evaluate(objective: Objective, model: nn.Module, mesh: Mesh) -> dict[str, float]:
+    """The figures of held-out data, by names of their own."""
+    model.eval()
+    with torch.no_grad():
+        terms = objective.evaluate(model, mesh)
+    model.train()
+    figures = reduce_figures(terms, mesh.layout) if terms else {}
+    return {f"held_out_{name}": value for name, value in figures.items()}
 
 
 def _writer(folder: TrainingFolder, identity: TrainingIdentity, execution: ExecutionConfig) -> CheckpointWriter:
@@ -241,12 +293,12 @@ def _train_step(
     model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     step: int,
+    batch: Rows,
     mesh: Mesh,
     state: dict[str, Tensor],
 ) -> dict[str, float]:
     config = objective.config
     torch.manual_seed(_mixed(config.seed, step + 1, rank()))  # dropout
-    batch = batch_indices(config.seed, step, config.batch_size, objective.num_rows())
     rows = worker_share(batch, mesh.data_rank, mesh.data_size)
     model.zero_grad(set_to_none=True)
     found = []

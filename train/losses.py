@@ -44,9 +44,10 @@ def next_token_loss(
     config: HeadLossConfig,
     normalise: Normaliser = "weights",
     shard: VocabularyShard | None = None,
+    quarters_BL: Tensor | None = None,
 ) -> dict[str, Term]:
     """Hidden states, head, labels and their weights -> `loss`, the weighted cross-entropy, and plain ones of `text` and
-    `vision`.
+    `vision`, and of each quarter of the documents if it is known.
 
     `loss` is divided by the sum of weights, or by the number of tokens that have one (the paper does not say which). Labels
     from `vision_offset` on are vision tokens; control tokens count as text. Only `loss` carries gradients. Tokens without
@@ -62,11 +63,17 @@ def next_token_loss(
     else:  # the share of one worker: its gradients are zero, not absent
         total, nll_N = 0.0 * (hidden_BLD.sum() + head_VD.sum()).float(), weights_N
     vision_N = labels_N >= vision_offset
-    return {
+    terms = {
         "loss": Term(total, weights_N.sum() if normalise == "weights" else (weights_N > 0).sum()),
         "text": Term(nll_N[~vision_N].sum(), (~vision_N).sum()),
         "vision": Term(nll_N[vision_N].sum(), vision_N.sum()),
     }
+    if quarters_BL is not None:
+        quarters_N = quarters_BL.flatten()[counted_N]
+        for quarter in range(4):
+            inside_N = quarters_N == quarter
+            terms[f"quarter_{quarter + 1}"] = Term(nll_N[inside_N].sum(), inside_N.sum())
+    return terms
 
 
 def vision_tokenizer_loss(

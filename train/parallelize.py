@@ -6,7 +6,7 @@ divided, so one and many workers compute the same step up to rounding. Everythin
 Shapes: B clips, C channels, T frames, H W pixels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,9 +33,9 @@ def reduce_step(model: nn.Module, terms: Mapping[str, Term], layout: LayoutConfi
     Returns the global mean of each term; a term that nothing was weighed for is left out.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    figures = torch.stack([part.detach().float() for term in terms.values() for part in (term.total, term.weight)])
-    if not layout.is_whole:  # gradients are added up already; workers of a tensor group all have the same figures
-        figures = sum_over_workers(figures) / layout.tensor
+    figures = _stacked(terms)
+    if not layout.is_whole:  # gradients are added up already
+        figures = _sum_of_rows(figures, layout)
     elif num_workers() > 1:
         # One message: small ones cost a round trip each.
         flat = torch.cat([gradient.flatten() for gradient in gradients] + [figures])
@@ -45,9 +45,31 @@ def reduce_step(model: nn.Module, terms: Mapping[str, Term], layout: LayoutConfi
             gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
             offset += gradient.numel()
         figures = flat[offset:]
-    sums = {name: figures[2 * index : 2 * index + 2].tolist() for index, name in enumerate(terms)}
+    sums = _unstacked(figures, terms)
     torch._foreach_div_(gradients, sums["loss"][1] or 1.0)
+    return _means(sums)
+
+
+def reduce_figures(terms: Mapping[str, Term], layout: LayoutConfig) -> dict[str, float]:
+    """The global mean of each term; a term that nothing was weighed for is left out."""
+    return _means(_unstacked(_sum_of_rows(_stacked(terms), layout), terms))
+
+
+def _stacked(terms: Mapping[str, Term]) -> Tensor:
+    return torch.stack([part.detach().float() for term in terms.values() for part in (term.total, term.weight)])
+
+
+def _unstacked(figures: Tensor, terms: Mapping[str, Term]) -> dict[str, list[float]]:
+    return {name: figures[2 * index : 2 * index + 2].tolist() for index, name in enumerate(terms)}
+
+
+def _means(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: total / weight for name, (total, weight) in sums.items() if weight}
+
+
+def _sum_of_rows(figures: Tensor, layout: LayoutConfig) -> Tensor:
+    """The sum over all rows; workers of a tensor group have the same ones."""
+    return sum_over_workers(figures) / layout.tensor
 
 
 def sum_over_workers(values: Tensor) -> Tensor:

@@ -19,12 +19,13 @@ from model.weights import describe_language_model, read_transformer, save_langua
 from schemas.document import TokenWeights
 from schemas.errors import ConfigError
 from schemas.recipe import later_option
-from train.batches import Rows, SequenceData, SequenceFile, open_sequences, token_batch
+from train.batches import Rows, SequenceData, SequenceFile, open_sequences, token_batch, worker_share
 from train.head_loss import HeadLossConfig
 from train.launch import run_training, training_identity
 from train.loop import ExecutionConfig, TrainingConfig, WeightsOnly
-from train.losses import Normaliser, Term, next_token_loss
+from train.losses import Normaliser, Term, next_token_loss, sum_of
 from train.mesh import LayoutConfig, Mesh
+from train.meter import Work, transformer_flops
 from train.progress import OnProgress, TrainingResult
 from train.sharding import head_of, place_transformer
 
@@ -39,6 +40,8 @@ class LanguageExecutionConfig(ExecutionConfig):
     rows_at_once: int | None = later_option(None, ge=1)
     """Rows that go through the network together on a worker, whose memory it sets; gradients are added. None: all of them."""
     layout: LayoutConfig = later_option(LayoutConfig())
+    held_out_rows: int = later_option(64, ge=1)
+    """Rows of the held-out data that an evaluation reads at most, the first ones."""
 
     @model_validator(mode="after")
     def _check_head(self) -> Self:
@@ -111,6 +114,7 @@ class PretrainObjective(WeightsOnly):
     config: PretrainConfig
     data: SequenceData
     weights: Path | None = None
+    held_out: SequenceData | None = None
 
     def num_rows(self) -> int:
         """Rows of the data."""
@@ -141,10 +145,38 @@ class PretrainObjective(WeightsOnly):
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def loss(self, model: nn.Module, rows: Rows, step: int, mesh: Mesh, state: dict[str, Tensor]) -> dict[str, Term]:
-        """Rows -> `loss`, and the plain cross-entropies of `text` and `vision`."""
+        """Rows -> `loss`, and the plain cross-entropies of `text`, `vision` and each `quarter` of the documents."""
+        return self._terms(model, self.data, rows, len(rows), mesh)
+
+    def evaluate(self, model: nn.Module, mesh: Mesh) -> dict[str, Term]:
+        """The same figures for the first rows of the held-out data."""
+        if self.held_out is None:
+            return {}
+        rows = np.arange(min(len(open_sequences(self.held_out.path)), self.config.execution.held_out_rows))
+        share = worker_share(rows, mesh.data_rank, mesh.data_size)
+        # All workers go through the network equally often: those with a row less see one again, which counts nothing.
+        num_counted, num_equal = len(share), -(-len(rows) // mesh.data_size)
+        share = np.concatenate([share, rows[: num_equal - num_counted]])
+        at_once = self.config.execution.rows_at_once or self.config.batch_size
+        found = [
+            self._terms(model, self.held_out, share[start : start + at_once], num_counted - start, mesh)
+            for start in range(0, num_equal, at_once)
+        ]
+        return {name: sum_of([terms[name] for terms in found]) for name in found[0]}
+
+    def work(self, rows: Rows) -> Work:
+        """Tokens of rows, without padding, and the operations that they take."""
+        file = self._file()
+        lengths = np.concatenate([file.document_lengths(int(row)) for row in rows])
+        config = self.config.transformer_config(self.data.vocabulary.size)
+        return Work(int(lengths.sum()), "tokens", transformer_flops(config, lengths))
+
+    def _terms(self, model: nn.Module, data: SequenceData, rows: Rows, num_counted: int, mesh: Mesh) -> dict[str, Term]:
+        """The terms of the first `num_counted` of these rows."""
         config = self.config
-        length = mesh.row_length(self.data.context_len)
-        batch = token_batch(self._file(), rows, self.data, config.token_weights, length).to(mesh.device)
+        length = mesh.row_length(data.context_len)
+        batch = token_batch(open_sequences(data.path), rows, data, config.token_weights, length).to(mesh.device)
+        batch.weights_BL[max(0, num_counted) :] = 0.0
         batch, plan = mesh.share_context(batch)
         assert isinstance(model, Transformer)
         documents_BL = batch.document_ids_BL if plan is None else None
@@ -157,10 +189,11 @@ class PretrainObjective(WeightsOnly):
             head_VD,
             batch.labels_BL,
             batch.weights_BL,
-            self.data.vocabulary.vision_offset,
+            data.vocabulary.vision_offset,
             config.execution.head_loss,
             config.normalise,
             shard,
+            batch.quarters_BL,
         )
 
     def export(self, model: nn.Module, folder: Path) -> None:
@@ -178,14 +211,17 @@ def pretrain(
     storage: Path,
     *,
     start: Start | None = None,
+    held_out: SequenceData | None = None,
     on_progress: OnProgress | None = None,
 ) -> TrainingResult:
     """Packed sequences -> a trained language model in `storage`; at once if `storage` already holds it finished. It begins
-    with fresh weights, or where `start` ended.
+    with fresh weights, or where `start` ended, and is evaluated on what is held out.
 
     Raises: ConfigError if options, data, start, folder or cluster do not fit one another.
     """
-    objective = PretrainObjective(config, data, start.folder if start else None)
+    objective = PretrainObjective(config, data, start.folder if start else None, held_out)
+    if held_out is not None:
+        _check_held_out(held_out, data)
     if start is not None:
         _check_start(start, config, data)
     longest = config.transformer_config(data.vocabulary.size).max_position_embeddings
@@ -200,6 +236,23 @@ def pretrain(
         raise ConfigError(f"found no token that weighs something in {data.path}: pack other documents, or weigh others")
     identity = training_identity(OBJECTIVE, config, data.data_id, data.sha256, start.digest if start else None)
     return run_training(objective, identity, storage, on_progress)
+
+
+def _check_held_out(held_out: SequenceData, data: SequenceData) -> None:
+    """Raises: ConfigError if the held-out data is written in other ids, or holds what is trained on."""
+    if held_out.vocabulary != data.vocabulary or held_out.text.to_json() != data.text.to_json():
+        raise ConfigError(
+            f"the held-out sequences {held_out.data_id} are written in other ids than {data.data_id}: pack them with --like it"
+        )
+    file = open_sequences(held_out.path)
+    if not len(file):
+        raise ConfigError(f"found no sequence in {held_out.path}: hold out a set that holds documents")
+    shared = file.item_ids() & open_sequences(data.path).item_ids()
+    if shared:
+        raise ConfigError(
+            f"found {len(shared)} documents in both {data.data_id} and the held-out {held_out.data_id}, such as "
+            f"{min(shared)}: hold out others"
+        )
 
 
 def _check_start(start: Start, config: PretrainConfig, data: SequenceData) -> None:

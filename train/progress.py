@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from train.files import write_text
 
@@ -18,12 +19,13 @@ POLL_S = 0.25
 
 @dataclass(frozen=True)
 class Progress:
-    """`step` of `steps` done, the loss of that step, and seconds of stepping since this attempt began."""
+    """`step` of `steps` done, the loss of that step, seconds of stepping since this attempt began, and the latest speed."""
 
     step: int
     steps: int
     loss: float
     seconds: float
+    speed: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,16 @@ class ProgressLog:
         self._path = path
         self._steps = steps
 
-    def write(self, step: int, figures: Mapping[str, float], seconds: float) -> None:
-        """Append what is known after `step` steps."""
-        line = {"step": step, **figures, "seconds": round(seconds, 3), "steps": self._steps}
+    def write(self, step: int, figures: Mapping[str, float], seconds: float, speed: Mapping[str, float]) -> None:
+        """Append what is known after `step` steps; `speed` is what another run of the same training would not repeat."""
+        line = {"step": step, **figures, "speed": dict(speed), "seconds": round(seconds, 3), "steps": self._steps}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
 def read_losses(path: Path) -> list[dict[str, float]]:
-    """A progress file -> its lines without times and totals."""
-    return [{name: line[name] for name in line if name not in ("seconds", "steps")} for line in _lines(path)]
+    """A progress file -> its lines without times, speeds and totals."""
+    return [{name: line[name] for name in line if name not in ("speed", "seconds", "steps")} for line in _lines(path)]
 
 
 @contextlib.contextmanager
@@ -76,7 +78,7 @@ def follow(path: Path, on_progress: OnProgress | None) -> Iterator[None]:
     def pass_on() -> None:
         lines = _lines(path)
         for line in lines[min(seen[0], len(lines)) :]:
-            on_progress(Progress(int(line["step"]), int(line["steps"]), line["loss"], line["seconds"]))
+            on_progress(Progress(int(line["step"]), int(line["steps"]), line["loss"], line["seconds"], line["speed"]))
         seen[0] = len(lines)
 
     def watch() -> None:
@@ -93,7 +95,7 @@ def follow(path: Path, on_progress: OnProgress | None) -> Iterator[None]:
         pass_on()
 
 
-def _lines(path: Path) -> list[dict[str, float]]:
+def _lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of the file: the writer may have been killed, or be busy, in the last one."""
     if not path.exists():
         return []

@@ -27,6 +27,7 @@ from train.launch import run_training, training_identity
 from train.loop import TrainingConfig
 from train.losses import Term, vision_tokenizer_loss
 from train.mesh import Mesh
+from train.meter import Work
 from train.optim import OptimConfig
 from train.parallelize import copy_from_first, sum_over_workers
 from train.progress import OnProgress, TrainingResult
@@ -150,6 +151,14 @@ class TokenizerObjective:
         else:
             model.quantize.reset_dead_codes(uses_K, latents_BCthw, generator)
         copy_from_first(model.quantize.embedding.weight.data)
+
+    def evaluate(self, model: nn.Module, mesh: Mesh) -> dict[str, Term]:
+        """Nothing is held out."""
+        return {}
+
+    def work(self, rows: Rows) -> Work:
+        """Frames."""
+        return Work(len(rows) * FRAMES_PER_CHUNK, "frames")
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Weights as a folder."""

@@ -90,6 +90,7 @@ def test_batch_against_the_documents_one_by_one(tmp_path: Path) -> None:
             assert batch.weights_BL[place, inside].tolist() == [*np.where(vision, 0.5, 1.0), 0.0]
             assert batch.positions_BL[place, inside].tolist() == list(range(length))
             assert set(batch.document_ids_BL[place, inside].tolist()) == {number}
+            assert batch.quarters_BL[place, inside].tolist() == [4 * token // length for token in range(length)]
             at += length
         assert set(batch.tokens_BL[place, at:].tolist()) == {VOCABULARY.pad}
         assert batch.weights_BL[place, at:].sum() == 0

@@ -177,27 +177,27 @@ def test_a_resumed_log_drops_what_was_lost(tmp_path: Path) -> None:
     path = tmp_path / "progress.jsonl"
     log = ProgressLog(path, 10, 0)
     for step in (2, 4, 6):
-        log.write(step, {"loss": 1.0 / step}, 0.1)
+        log.write(step, {"loss": 1.0 / step}, 0.1, {})
     with path.open("a") as file:
         file.write('{"step": 8, "lo')  # killed while writing
     again = ProgressLog(path, 10, 4)
-    again.write(6, {"loss": 0.5}, 0.1)
+    again.write(6, {"loss": 0.5}, 0.1, {"tokens_per_s": 9.0})
     assert read_losses(path) == [{"step": 2, "loss": 0.5}, {"step": 4, "loss": 0.25}, {"step": 6, "loss": 0.5}]
 
 
 def test_progress_is_passed_on_while_the_work_runs(tmp_path: Path) -> None:
     path = tmp_path / "progress.jsonl"
     seen: list[Progress] = []
-    ProgressLog(path, 4, 0).write(1, {"loss": 9.0}, 0.1)  # of an earlier attempt
+    ProgressLog(path, 4, 0).write(1, {"loss": 9.0}, 0.1, {})  # of an earlier attempt
     with follow(path, seen.append):
         log = ProgressLog(path, 4, 1)
-        log.write(2, {"loss": 2.0}, 0.5)
+        log.write(2, {"loss": 2.0}, 0.5, {"tokens_per_s": 7.0})
         deadline = time.monotonic() + 10
         while not seen and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert seen == [Progress(2, 4, 2.0, 0.5)]
-        log.write(4, {"loss": 1.0}, 0.9)
-    assert seen[1:] == [Progress(4, 4, 1.0, 0.9)]
+        assert seen == [Progress(2, 4, 2.0, 0.5, {"tokens_per_s": 7.0})]
+        log.write(4, {"loss": 1.0}, 0.9, {})
+    assert seen[1:] == [Progress(4, 4, 1.0, 0.9, {})]
 
 
 def test_a_training_on_gpus_that_no_node_has_does_not_wait_for_them(cluster: None, tmp_path: Path) -> None:
