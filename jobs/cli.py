@@ -211,6 +211,9 @@ def train(
         str | None,
         typer.Option("--from", help="Language model to begin with: a checkpoint id or its beginning, or a folder."),
     ] = None,
+    held_out: Annotated[
+        str | None, typer.Option("--held-out", help="Sequence set to evaluate on, packed --like the one to learn from.")
+    ] = None,
     overrides: SetOption = None,
     lake: LakeOption = "./lake",
     json: JsonOption = False,
@@ -219,7 +222,7 @@ def train(
     from jobs.train import load_training_recipe
     from jobs.train import train as run
 
-    report = run(_open(lake), load_training_recipe(recipe, overrides or ()), data, start)
+    report = run(_open(lake), load_training_recipe(recipe, overrides or ()), data, start, held_out)
     made = "found finished" if report.already_there else f"trained to step {report.step}"
     _answer(report, json, f"train {report.objective} on {data}: {made}, checkpoint {report.checkpoint_id}")
 

@@ -108,18 +108,20 @@ def load_training_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Tr
     return recipe
 
 
-def train(lake: Lake, recipe: TrainRecipe, data_name: str, start: str | None = None) -> TrainReport:
+def train(
+    lake: Lake, recipe: TrainRecipe, data_name: str, start: str | None = None, held_out: str | None = None
+) -> TrainReport:
     """Train on a named set, resuming what was begun; a finished training is found, not repeated.
 
     `start` names weights to begin with, of a language model: a checkpoint's id, the beginning of one, `latest`, or a folder
-    with published ones. `latest` is another one once this training is finished.
+    with published ones. `latest` is another one once this training is finished. `held_out` names a sequence
+    set that it is evaluated on and never learns from.
     """
     if recipe.objective == "pretrain":
-        return _pretrain(lake, recipe, data_name, start)
-    if start is not None:
-        raise ConfigError(
-            f"found weights to begin with and the objective {recipe.objective!r}: only language models take them so"
-        )
+        return _pretrain(lake, recipe, data_name, start, held_out)
+    if start is not None or held_out is not None:
+        found = "weights to begin with" if start is not None else "held-out data"
+        raise ConfigError(f"found {found} and the objective {recipe.objective!r}: only language models take them so")
     if recipe.objective == "vision_tokenizer":
         return _train_vision_tokenizer(lake, recipe, data_name)
     return _train_captioner(lake, recipe, data_name)
@@ -232,28 +234,46 @@ def _record(
         )
 
 
-def _pretrain(lake: Lake, recipe: TrainRecipe, name: str, start_name: str | None) -> TrainReport:
+def _pretrain(lake: Lake, recipe: TrainRecipe, name: str, start_name: str | None, held_out: str | None) -> TrainReport:
     assert recipe.pretrain is not None
     config = recipe.pretrain
     row = sequence_set(lake, name)
     begin = _start(lake, start_name, str(row["tokenizer_id"])) if start_name is not None else None
+    if held_out is not None and (known := sequence_set(lake, held_out)["tokenizer_id"]) != row["tokenizer_id"]:
+        raise ConfigError(
+            f"found the held-out sequences {held_out!r} in codes of the vision tokenizer {known}, expected those of "
+            f"{row['tokenizer_id']}, as in {name!r}"
+        )
 
     def start(training_id: str, advance: Advance, run_id: str) -> TrainingResult:
-        data = SequenceData(
-            path=materialise(lake, name),
-            data_id=str(row["seqset_id"]),
-            sha256=str(row["content_sha256"]),
-            vocabulary=Vocabulary.from_json(str(row["vocabulary"])),
-            text=text_tokenizer_from_json(str(row["text_tokenizer"])),
-            context_len=int(str(row["context_len"])),
+        kept = _sequences(lake, held_out) if held_out is not None else None
+        return pretrain(
+            config,
+            _sequences(lake, name),
+            _storage(lake, training_id),
+            start=begin,
+            held_out=kept,
+            on_progress=_advance(advance),
         )
-        return pretrain(config, data, _storage(lake, training_id), start=begin, on_progress=_advance(advance))
 
     options: list[Any] = [config.model_dump(mode="json", exclude={"execution"})]
     start_id = begin.digest[:ID_DIGITS] if begin else None
     if begin is not None:
         options.append(begin.digest)
     return _run(lake, recipe, options, str(row["seqset_id"]), str(row["content_sha256"]), start, start_id)
+
+
+def _sequences(lake: Lake, name: str) -> SequenceData:
+    """A sequence set on this machine's disk."""
+    row = sequence_set(lake, name)
+    return SequenceData(
+        path=materialise(lake, name),
+        data_id=str(row["seqset_id"]),
+        sha256=str(row["content_sha256"]),
+        vocabulary=Vocabulary.from_json(str(row["vocabulary"])),
+        text=text_tokenizer_from_json(str(row["text_tokenizer"])),
+        context_len=int(str(row["context_len"])),
+    )
 
 
 def _start(lake: Lake, name: str, tokenizer_id: str) -> Start:

@@ -47,7 +47,9 @@ def begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Start | None]
     """What trainings began with, which are over as soon as they begin."""
     found: list[Start | None] = []
 
-    def stub(config: Any, data: Any, storage: Path, *, start: Start | None, on_progress: Any) -> TrainingResult:
+    def stub(
+        config: Any, data: Any, storage: Path, *, start: Start | None, held_out: Any, on_progress: Any
+    ) -> TrainingResult:
         found.append(start)
         return TrainingResult(tmp_path, f"{len(found):016x}", 8, [], 0)
 
@@ -91,3 +93,9 @@ def test_names_that_are_no_model_are_refused(lake: Lake, begun: list[Start | Non
     captioner = TrainRecipe.model_construct(objective="captioner")
     with pytest.raises(ConfigError, match="only language models"):
         train(lake, captioner, "mine", "latest")
+
+
+def test_held_out_codes_of_another_vision_tokenizer_are_refused(lake: Lake, begun: list[Start | None]) -> None:
+    with pytest.raises(ConfigError, match="found the held-out sequences 'other' in codes of the vision tokenizer tik"):
+        train(lake, RECIPE, "mine", held_out="other")
+    assert not begun

@@ -48,7 +48,8 @@ def documents(seed: int, count: int) -> list[npt.NDArray[np.uint32]]:
     return made
 
 
-def sequence_data(folder: Path, num_rows: int = 12, seed: int = 0) -> SequenceData:
+def sequence_data(folder: Path, num_rows: int = 12, seed: int = 0, items: str = "") -> SequenceData:
+    """Rows of two documents each; `items` begins their ids."""
     rng = np.random.default_rng([seed, 1])
     pool = documents(seed, 24)
     rows, segments = [], []
@@ -58,7 +59,12 @@ def sequence_data(folder: Path, num_rows: int = 12, seed: int = 0) -> SequenceDa
         rows.append(np.concatenate(picked))
         segments.append(
             [
-                {"kind": "image", "item_id": f"{place}", "offset": int(end) - len(document), "length": len(document)}
+                {
+                    "kind": "image",
+                    "item_id": f"{items}{place}",
+                    "offset": int(end) - len(document),
+                    "length": len(document),
+                }
                 for place, (end, document) in enumerate(zip(ends, picked, strict=True))
             ]
         )
