@@ -37,6 +37,11 @@ class LanguageExecutionConfig(ExecutionConfig):
     rows_at_once: int | None = later_option(None, ge=1)
     """Rows that go through the network together on a worker, whose memory it sets; gradients are added. None: all of them."""
 
+    def groups(self, rows: Rows) -> list[Rows]:
+        """A worker's rows of a step in groups of `rows_at_once`."""
+        size = self.rows_at_once or len(rows)
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
 
 class PretrainConfig(TrainingConfig):
     """Options of a pre-training. `model` changes single numbers of the named size; the vocabulary is the data's.
@@ -120,8 +125,7 @@ class PretrainObjective(WeightsOnly):
 
     def parts(self, rows: Rows) -> Sequence[Rows]:
         """Rows in groups of `rows_at_once`."""
-        size = self.config.execution.rows_at_once or len(rows)
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
+        return self.config.execution.groups(rows)
 
     def loss(
         self, model: nn.Module, rows: Rows, step: int, device: torch.device, state: dict[str, Tensor]

@@ -1,0 +1,232 @@
+"""Prefer: of the generations for one prompt, the one that voters or a scorer like best and the one that they like least.
+
+Only drawings that differ in nothing but chance are compared: the same prompt, kind, grid, frame rate and given frames, codes
+of the same vision tokenizer, text of the same text tokenizer. Their checkpoints may differ. The set of pairs that comes of it
+gets a name, once.
+
+Paper: Emu3 report, section 2.5.1: 8 to 10 drawings for each prompt, scored by three voters; the highest is chosen, the lowest
+rejected.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from jobs.checkpoints import LANGUAGE_OBJECTIVES, checkpoint_row, language_data
+from jobs.curate import check_name
+from jobs.judges import Refused, Row, by_scorer, by_votes, count_votes
+from jobs.preference_sets import Pair, check_pair, generations_of, pairs_sha256, tokens_of
+from jobs.progress import progress
+from jobs.run import recorded
+from jobs.scorers import load_scorer
+from pipeline.stage import attempt_row
+from schemas.catalog import Lake
+from schemas.checkpoints import CHECKPOINTS
+from schemas.errors import ConfigError, RowError
+from schemas.generations import GENERATIONS, PREFERENCE_PAIRS, PREFERENCE_SETS
+from schemas.recipe import Config, short_hash
+from schemas.runs import ATTEMPTS
+
+ALIKE = ("prompt", "kind", "t", "h", "w", "fps", "continued_clip_id", "context_t")
+LANGUAGE = ("tokenizer_id", "vocabulary", "text_tokenizer")  # what token ids mean
+
+
+class PreferRecipe(Config):
+    """Which judgements make a pair."""
+
+    min_voters: int = Field(default=1, ge=1)
+    """Voters that a generation needs; three in the paper. A scorer is asked once."""
+    min_margin: float = Field(default=0.0, ge=0)
+    """By more than this the better one's mean score is above the other's. 0: ties make no pair."""
+    context_len: int = Field(default=131_072, ge=16)
+    """Longest document of a pair, in tokens; pairs are never cut."""
+
+
+@dataclass(frozen=True)
+class PreferReport:
+    """A named set of pairs; what was judged for it; generations that are the only one of their kind, and what was refused,
+    with its reason in `attempts`.
+    """
+
+    name: str
+    pairset_id: str
+    judge: str
+    num_pairs: int
+    num_generations: int
+    num_alone: int
+    num_refused: int
+    already_there: bool
+
+
+def prefer(
+    lake: Lake,
+    name: str,
+    recipe: PreferRecipe,
+    *,
+    votes: Sequence[Path] = (),
+    scorer: str | None = None,
+    checkpoints: Sequence[str] = (),
+) -> PreferReport:
+    """Judge generations, by files of votes or by a scorer, and name the pairs; the same judgements and recipe do nothing.
+
+    `checkpoints` are ids, or beginnings, of those whose generations are looked at; without any, all are.
+
+    Raises: ConfigError if the name is taken by other pairs, a file or a scorer cannot be read, or nothing makes a pair.
+    """
+    check_name("preference set", name)
+    if bool(votes) == (scorer is not None):
+        raise ConfigError("found votes and a scorer, or neither: give --votes or --scorer")
+    made, refused = _generations(lake, checkpoints)
+    if scorer is None:
+        counted, refused = count_votes(votes, {row["generation_id"] for row in made}, dict(refused))
+        made = [row for row in made if row["generation_id"] in {vote.generation_id for vote in counted}]
+        who, judge = (
+            f"votes-{short_hash([list(astuple(vote)) for vote in counted])}",
+            by_votes(counted, recipe.min_voters),
+        )
+    else:
+        who, judge = scorer, by_scorer(lake, load_scorer(scorer))
+    groups = _groups(made)
+    judged = [row for group in groups for row in group]
+    pairset_id = short_hash([who, recipe.canonical_json(), sorted(row["generation_id"] for row in judged)])
+    row = _taken(lake, name, pairset_id)
+    already_there = row is not None
+    if row is None:
+        inputs = {
+            "name": name,
+            "judge": who,
+            "generations": len(judged),
+            "votes": [str(one.absolute()) for one in votes],
+        }
+        with recorded(lake, "prefer", recipe, inputs) as run, progress("prefer") as advance:
+            scores, unscored = judge(judged, advance)
+            pairs, unpaired = _pairs(lake, groups, scores, recipe, who)
+            refused += unscored + unpaired
+            row = _set_row(name, pairset_id, who, recipe, pairs)
+            _publish(lake, row, [_pair_row(pair, scores, who) for pair in pairs], refused, run.run_id)
+            run.outcome |= {"pairset_id": pairset_id, "pairs": len(pairs), "refused": len(refused)}
+    counts = row["num_pairs"], len(judged), len(made) - len(judged), len(refused)
+    return PreferReport(name, pairset_id, who, *counts, already_there)
+
+
+def _publish(lake: Lake, row: Row, pairs: Sequence[Row], refused: Refused, run_id: str) -> None:
+    """Write what was refused, the pairs, and last the name. Raises: ConfigError if there is no pair, or the name is taken."""
+    uris = {item: item if "#row=" in item else None for item, _ in refused}
+    failures = [attempt_row("prefer", row["pairset_id"], item, error, uri=uris[item]) for item, error in refused]
+    lake.append(ATTEMPTS, failures, run_id)
+    if not pairs:
+        raise ConfigError(
+            f"no pair: two generations of one prompt and size are needed that are not judged alike, and {len(refused)} votes "
+            "or generations were refused; see `outback show attempts`"
+        )
+    lake.append(PREFERENCE_PAIRS, pairs, run_id)
+    lake.append(PREFERENCE_SETS, [row], run_id)
+    _taken(lake, row["name"], row["pairset_id"])  # by another run, meanwhile
+
+
+def _taken(lake: Lake, name: str, pairset_id: str) -> Row | None:
+    """The set's row if it is there. Raises: ConfigError if the name is another set's."""
+    rows = lake.read_where(PREFERENCE_SETS, "name", [name]).to_pylist()
+    if rows and rows[0]["pairset_id"] != pairset_id:
+        raise ConfigError(
+            f"preference set {name!r} exists with other content ({rows[0]['pairset_id']}); choose another name"
+        )
+    return dict(rows[0]) if rows else None
+
+
+# --- what is there ---
+
+
+def _generations(lake: Lake, checkpoints: Sequence[str]) -> tuple[list[Row], Refused]:
+    """Generations without their tokens, each with the ids it is written in (`vocabulary`, `text_tokenizer`), by id."""
+    columns = ["generation_id", "checkpoint_id", "tokenizer_id", *ALIKE]
+    if checkpoints:
+        ids = [str(checkpoint_row(lake, one, *LANGUAGE_OBJECTIVES)["checkpoint_id"]) for one in checkpoints]
+        rows = lake.read_where(GENERATIONS, "checkpoint_id", ids, columns).to_pylist()
+    else:
+        rows = lake.read(GENERATIONS, columns).to_pylist()
+    languages = _languages(lake, sorted({row["checkpoint_id"] for row in rows}))
+    found, refused = [], []
+    for row in sorted(rows, key=lambda row: str(row["generation_id"])):
+        language = languages.get(row["checkpoint_id"])
+        if language is None:
+            said = f"checkpoint {row['checkpoint_id']}, or what it read, is not here: its token ids have no meaning"
+            refused.append((row["generation_id"], RowError("UnknownCheckpoint", said, terminal=False)))
+        else:
+            found.append({**row, **{name: language[name] for name in ("vocabulary", "text_tokenizer")}})
+    return found, refused
+
+
+def _languages(lake: Lake, checkpoint_ids: Sequence[str]) -> dict[str, Row | None]:
+    rows = lake.read_where(CHECKPOINTS, "checkpoint_id", checkpoint_ids, ["checkpoint_id", "data_id"]).to_pylist()
+    return {row["checkpoint_id"]: language_data(lake, row["data_id"]) for row in rows}
+
+
+def _groups(made: Sequence[Row]) -> list[list[Row]]:
+    """Generations that may be compared with each other, two or more together."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in made:
+        groups.setdefault(tuple(row[name] for name in (*ALIKE, *LANGUAGE)), []).append(row)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+# --- pairs ---
+
+
+def _pairs(
+    lake: Lake, groups: Sequence[Sequence[Row]], scores: Mapping[str, float], recipe: PreferRecipe, who: str
+) -> tuple[list[Pair], Refused]:
+    """The best and the worst of each group, by pair id; and groups of which no pair can be made, by their first generation."""
+    chosen, refused = [], []
+    for group in groups:
+        ids = sorted(row["generation_id"] for row in group if row["generation_id"] in scores)
+        if len(ids) < 2:
+            continue  # the others were refused, one by one
+        best, worst = min(ids, key=lambda one: -scores[one]), min(ids, key=lambda one: scores[one])
+        if scores[best] - scores[worst] <= recipe.min_margin:
+            said = (
+                f"{len(ids)} drawings of {group[0]['prompt']!r} have scores from {scores[worst]:g} to {scores[best]:g}"
+            )
+            refused.append((ids[0], RowError("Tie", f"{said}, expected more than {recipe.min_margin:g} between them")))
+        else:
+            chosen.append((group[0], best, worst))
+    tokens = {row["generation_id"]: row for row in generations_of(lake, {one for _, *two in chosen for one in two})}
+    found = []
+    for facts, best, worst in chosen:
+        pair = Pair(short_hash([best, worst, who]), *({**facts, **tokens[one]} for one in (best, worst)))
+        try:
+            check_pair(pair, recipe.context_len)
+        except RowError as error:
+            refused.append((best, error))
+        else:
+            found.append(pair)
+    languages = {tuple(pair.chosen[name] for name in LANGUAGE) for pair in found}
+    if len(languages) > 1:
+        raise ConfigError(
+            f"found drawings in the ids of {len(languages)} tokenizers, expected one, as one model reads them all: name "
+            f"checkpoints with --checkpoint; there are {', '.join(sorted({p.chosen['checkpoint_id'] for p in found}))}"
+        )
+    return sorted(found, key=lambda pair: pair.pair_id), refused
+
+
+def _pair_row(pair: Pair, scores: Mapping[str, float], who: str) -> Row:
+    chosen, rejected = pair.chosen["generation_id"], pair.rejected["generation_id"]
+    row = {"pair_id": pair.pair_id, "chosen_id": chosen, "rejected_id": rejected, "judge": who}
+    return {**row, "chosen_score": scores[chosen], "rejected_score": scores[rejected]}
+
+
+def _set_row(name: str, pairset_id: str, who: str, recipe: PreferRecipe, pairs: Sequence[Pair]) -> Row:
+    return {
+        "name": name,
+        "pairset_id": pairset_id,
+        "judge": who,
+        "recipe": recipe.canonical_json(),
+        **{column: pairs[0].chosen[column] if pairs else "" for column in LANGUAGE},
+        "pair_ids": [pair.pair_id for pair in pairs],
+        "num_pairs": len(pairs),
+        "num_tokens": sum(len(tokens_of(row)) for pair in pairs for row in (pair.chosen, pair.rejected)),
+        "content_sha256": pairs_sha256(pairs),
+    }
