@@ -105,26 +105,37 @@ def prefer(
             scores, unscored = judge(judged, advance)
             pairs, unpaired = _pairs(lake, groups, scores, recipe, who)
             refused += unscored + unpaired
+            _record(lake, pairset_id, refused, run.run_id)
+            _check_pairs(pairs, len(refused))
             row = _set_row(name, pairset_id, who, recipe, pairs)
-            _publish(lake, row, [_pair_row(pair, scores, who) for pair in pairs], refused, run.run_id)
+            lake.append(PREFERENCE_PAIRS, [_pair_row(pair, scores, who) for pair in pairs], run.run_id)
+            lake.append(PREFERENCE_SETS, [row], run.run_id)
+            _taken(lake, name, pairset_id)  # by another run, meanwhile
             run.outcome |= {"pairset_id": pairset_id, "pairs": len(pairs), "refused": len(refused)}
     counts = row["num_pairs"], len(judged), len(made) - len(judged), len(refused)
     return PreferReport(name, pairset_id, who, *counts, already_there)
 
 
-def _publish(lake: Lake, row: Row, pairs: Sequence[Row], refused: Refused, run_id: str) -> None:
-    """Write what was refused, the pairs, and last the name. Raises: ConfigError if there is no pair, or the name is taken."""
+def _record(lake: Lake, pairset_id: str, refused: Refused, run_id: str) -> None:
     uris = {item: item if "#row=" in item else None for item, _ in refused}
-    failures = [attempt_row("prefer", row["pairset_id"], item, error, uri=uris[item]) for item, error in refused]
-    lake.append(ATTEMPTS, failures, run_id)
+    rows = [attempt_row("prefer", pairset_id, item, error, uri=uris[item]) for item, error in refused]
+    lake.append(ATTEMPTS, rows, run_id)
+
+
+def _check_pairs(pairs: Sequence[Pair], num_refused: int) -> None:
+    """Raises: ConfigError if there are none, or no model can read all of them."""
     if not pairs:
         raise ConfigError(
-            f"no pair: two generations of one prompt and size are needed that are not judged alike, and {len(refused)} votes "
-            "or generations were refused; see `outback show attempts`"
+            "no pair: two generations of one prompt and size are needed that are not judged alike, and "
+            f"{num_refused} votes or generations were refused; see `outback show attempts`"
         )
-    lake.append(PREFERENCE_PAIRS, pairs, run_id)
-    lake.append(PREFERENCE_SETS, [row], run_id)
-    _taken(lake, row["name"], row["pairset_id"])  # by another run, meanwhile
+    languages = {tuple(pair.chosen[name] for name in LANGUAGE) for pair in pairs}
+    if len(languages) > 1:
+        drawn_by = ", ".join(sorted({pair.chosen["checkpoint_id"] for pair in pairs}))
+        raise ConfigError(
+            f"found drawings in the ids of {len(languages)} tokenizers, expected one, as one model reads them all: name "
+            f"checkpoints with --checkpoint; there are {drawn_by}"
+        )
 
 
 def _taken(lake: Lake, name: str, pairset_id: str) -> Row | None:
@@ -203,12 +214,6 @@ def _pairs(
             refused.append((best, error))
         else:
             found.append(pair)
-    languages = {tuple(pair.chosen[name] for name in LANGUAGE) for pair in found}
-    if len(languages) > 1:
-        raise ConfigError(
-            f"found drawings in the ids of {len(languages)} tokenizers, expected one, as one model reads them all: name "
-            f"checkpoints with --checkpoint; there are {', '.join(sorted({p.chosen['checkpoint_id'] for p in found}))}"
-        )
     return sorted(found, key=lambda pair: pair.pair_id), refused
 
 
@@ -224,7 +229,7 @@ def _set_row(name: str, pairset_id: str, who: str, recipe: PreferRecipe, pairs: 
         "pairset_id": pairset_id,
         "judge": who,
         "recipe": recipe.canonical_json(),
-        **{column: pairs[0].chosen[column] if pairs else "" for column in LANGUAGE},
+        **{column: pairs[0].chosen[column] for column in LANGUAGE},
         "pair_ids": [pair.pair_id for pair in pairs],
         "num_pairs": len(pairs),
         "num_tokens": sum(len(tokens_of(row)) for pair in pairs for row in (pair.chosen, pair.rejected)),
