@@ -1,7 +1,7 @@
 """Preference sets by name: which pairs of generations a name was given to, and those as a file that a training reads.
 
-A set never changes: its row lists its pairs, and its hash covers the tokens of their generations, which are checked whenever
-they are read.
+A set never changes: its row lists its pairs, and its hash covers the tokens of their generations, which are checked when
+the training's file is made of them.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -19,7 +19,7 @@ from schemas.errors import ConfigError, RowError, SchemaError
 from schemas.generations import GENERATIONS, PREFERENCE_PAIRS, PREFERENCE_SETS
 from schemas.table import content_sha256
 from schemas.vocabulary import Vocabulary
-from train.batches import SequenceData, write_sequence_file
+from train.batches import SequenceData, SequenceFile, write_sequence_file
 
 Row = dict[str, Any]
 
@@ -95,19 +95,19 @@ def materialise_pairs(lake: Lake, name: str) -> SequenceData:
     row = preference_set(lake, name)
     vocabulary = Vocabulary.from_json(row["vocabulary"])
     path = lake.folder / "cache" / f"pairs-{row['pairset_id']}.arrow"
-    pairs = read_pairs(lake, row)
-    documents = [pair.documents for pair in pairs]
     if not path.exists():
+        pairs = read_pairs(lake, row)
         layouts = [_layout(pair, vocabulary) for pair in pairs]
         segments, answers = ([layout[part] for layout in layouts] for part in (0, 1))
-        write_sequence_file(path, [np.concatenate(both) for both in documents], segments, answers)
+        write_sequence_file(path, [np.concatenate(pair.documents) for pair in pairs], segments, answers)
+    file = SequenceFile(path)
     return SequenceData(
         path=path,
         data_id=row["pairset_id"],
         sha256=row["content_sha256"],
         vocabulary=vocabulary,
         text=text_tokenizer_from_json(row["text_tokenizer"]),
-        context_len=max(sum(map(len, both)) for both in documents),
+        context_len=max(len(file.tokens(pair)) for pair in range(len(file))),
     )
 
 
