@@ -17,10 +17,10 @@ from pydantic import Field
 
 from jobs.checkpoints import LANGUAGE_OBJECTIVES, checkpoint_row, language_data
 from jobs.curate import check_name
-from jobs.judges import Refused, Row, by_scorer, by_votes, count_votes
-from jobs.preference_sets import Pair, check_pair, generations_of, pairs_sha256, tokens_of
+from jobs.judges import Judge, Refused, Row, by_scorer, by_votes, count_votes
+from jobs.preference_sets import Pair, check_pair, generations_of, pairs_sha256
 from jobs.progress import progress
-from jobs.run import recorded
+from jobs.run import Run, recorded
 from jobs.scorers import load_scorer
 from pipeline.stage import attempt_row
 from schemas.catalog import Lake
@@ -82,38 +82,54 @@ def prefer(
     made, refused = _generations(lake, checkpoints)
     if scorer is None:
         counted, refused = count_votes(votes, {row["generation_id"] for row in made}, dict(refused))
-        made = [row for row in made if row["generation_id"] in {vote.generation_id for vote in counted}]
-        who, judge = (
-            f"votes-{short_hash([list(astuple(vote)) for vote in counted])}",
-            by_votes(counted, recipe.min_voters),
-        )
+        voted = {vote.generation_id for vote in counted}
+        made = [row for row in made if row["generation_id"] in voted]
+        who, judge = f"votes-{short_hash([astuple(vote) for vote in counted])}", by_votes(counted, recipe.min_voters)
     else:
         who, judge = scorer, by_scorer(lake, load_scorer(scorer))
     groups = _groups(made)
-    judged = [row for group in groups for row in group]
-    pairset_id = short_hash([who, recipe.canonical_json(), sorted(row["generation_id"] for row in judged)])
+    judged = sorted(row["generation_id"] for group in groups for row in group)
+    pairset_id = short_hash([who, recipe.canonical_json(), judged])
     row = _taken(lake, name, pairset_id)
     already_there = row is not None
     if row is None:
-        inputs = {
-            "name": name,
-            "judge": who,
-            "generations": len(judged),
-            "votes": [str(one.absolute()) for one in votes],
-        }
-        with recorded(lake, "prefer", recipe, inputs) as run, progress("prefer") as advance:
-            scores, unscored = judge(judged, advance)
-            pairs, unpaired = _pairs(lake, groups, scores, recipe, who)
-            refused += unscored + unpaired
-            _record(lake, pairset_id, refused, run.run_id)
-            _check_pairs(pairs, len(refused))
-            row = _set_row(name, pairset_id, who, recipe, pairs)
-            lake.append(PREFERENCE_PAIRS, [_pair_row(pair, scores, who) for pair in pairs], run.run_id)
-            lake.append(PREFERENCE_SETS, [row], run.run_id)
-            _taken(lake, name, pairset_id)  # by another run, meanwhile
-            run.outcome |= {"pairset_id": pairset_id, "pairs": len(pairs), "refused": len(refused)}
-    counts = row["num_pairs"], len(judged), len(made) - len(judged), len(refused)
+        places = [str(path.absolute()) for path in votes]
+        inputs = {"name": name, "judge": who, "generations": len(judged), "votes": places}
+        with recorded(lake, "prefer", recipe, inputs) as run:
+            row = _make(
+                lake, {"name": name, "pairset_id": pairset_id, "judge": who}, recipe, groups, judge, refused, run
+            )
+    counts = row["num_pairs"], len(judged), len(made) - len(judged), _num_refused(lake, pairset_id, refused)
     return PreferReport(name, pairset_id, who, *counts, already_there)
+
+
+def _make(
+    lake: Lake,
+    names: Mapping[str, str],
+    recipe: PreferRecipe,
+    groups: Sequence[Sequence[Row]],
+    judge: Judge,
+    refused: Refused,
+    run: Run,
+) -> Row:
+    """Judge, and write what was refused, the pairs and last the set's row, which is returned. `names` begin that row."""
+    with progress("prefer") as advance:
+        scores, unscored = judge([row for group in groups for row in group], advance)
+    pairs, unpaired = _pairs(lake, groups, scores, recipe, names["judge"])
+    _record(lake, names["pairset_id"], [*refused, *unscored, *unpaired], run.run_id)
+    _check_pairs(pairs)
+    row = {**names, "recipe": recipe.canonical_json(), **_set_facts(pairs)}
+    lake.append(PREFERENCE_PAIRS, [_pair_row(pair, scores, names["judge"]) for pair in pairs], run.run_id)
+    lake.append(PREFERENCE_SETS, [row], run.run_id)
+    _taken(lake, names["name"], names["pairset_id"])  # by another run, meanwhile
+    run.outcome |= {"pairset_id": names["pairset_id"], "pairs": len(pairs)}
+    return row
+
+
+def _num_refused(lake: Lake, pairset_id: str, refused: Refused) -> int:
+    """What was refused when the set was made, and what is now."""
+    rows = lake.read_where(ATTEMPTS, "stage_id", [pairset_id], ["stage", "item_id"]).to_pylist()
+    return len({row["item_id"] for row in rows if row["stage"] == "prefer"} | {item for item, _ in refused})
 
 
 def _record(lake: Lake, pairset_id: str, refused: Refused, run_id: str) -> None:
@@ -122,12 +138,12 @@ def _record(lake: Lake, pairset_id: str, refused: Refused, run_id: str) -> None:
     lake.append(ATTEMPTS, rows, run_id)
 
 
-def _check_pairs(pairs: Sequence[Pair], num_refused: int) -> None:
+def _check_pairs(pairs: Sequence[Pair]) -> None:
     """Raises: ConfigError if there are none, or no model can read all of them."""
     if not pairs:
         raise ConfigError(
-            "no pair: two generations of one prompt and size are needed that are not judged alike, and "
-            f"{num_refused} votes or generations were refused; see `outback show attempts`"
+            "no pair: two generations of one prompt and size are needed that are not judged alike; what was refused, and why, "
+            "is in `outback show attempts`"
         )
     languages = {tuple(pair.chosen[name] for name in LANGUAGE) for pair in pairs}
     if len(languages) > 1:
@@ -223,15 +239,12 @@ def _pair_row(pair: Pair, scores: Mapping[str, float], who: str) -> Row:
     return {**row, "chosen_score": scores[chosen], "rejected_score": scores[rejected]}
 
 
-def _set_row(name: str, pairset_id: str, who: str, recipe: PreferRecipe, pairs: Sequence[Pair]) -> Row:
+def _set_facts(pairs: Sequence[Pair]) -> Row:
+    """What a set's row says of its pairs."""
     return {
-        "name": name,
-        "pairset_id": pairset_id,
-        "judge": who,
-        "recipe": recipe.canonical_json(),
         **{column: pairs[0].chosen[column] for column in LANGUAGE},
         "pair_ids": [pair.pair_id for pair in pairs],
         "num_pairs": len(pairs),
-        "num_tokens": sum(len(tokens_of(row)) for pair in pairs for row in (pair.chosen, pair.rejected)),
+        "num_tokens": sum(len(tokens) for pair in pairs for tokens in pair.documents),
         "content_sha256": pairs_sha256(pairs),
     }

@@ -146,6 +146,8 @@ def test_what_makes_no_pair_is_a_row_with_its_reason(lake: Lake, ids: dict[str, 
     expected += [("TooFewVoters", cats[2]), ("Tie", min(dogs[:2]))]
     assert reasons(lake) == sorted(expected)
     assert report.num_refused == len(expected)
+    again = prefer(lake, "mine", PreferRecipe(min_voters=2), votes=[tmp_path / "v.csv"])
+    assert (again.num_refused, again.already_there) == (len(expected), True)
 
 
 def test_a_smaller_difference_than_asked_for_is_a_tie(lake: Lake, ids: dict[str, list[str]], tmp_path: Path) -> None:
