@@ -205,7 +205,11 @@ def pack(
 def train(
     recipe: Annotated[str, typer.Argument(help="Training recipe: a shipped name or a TOML file.")],
     data: Annotated[
-        str, typer.Option("--data", help="Curated set (vision tokenizer) or sequence set (language model).")
+        str,
+        typer.Option(
+            "--data",
+            help="Curated set (vision tokenizer, captioner), sequence set (language model) or preference set (dpo).",
+        ),
     ],
     start: Annotated[
         str | None,
@@ -305,6 +309,40 @@ def ask(
 
 
 @app.command()
+def prefer(
+    name: Annotated[str, typer.Option("--name", help="Name of the preference set; given once.")],
+    votes: Annotated[
+        list[Path] | None, typer.Option("--votes", help="CSV, JSONL or Parquet of generation_id, voter, score.")
+    ] = None,
+    scorer: Annotated[
+        str | None, typer.Option("--scorer", help="shapes, or module:function of the prompt and the frames.")
+    ] = None,
+    checkpoint: Annotated[
+        list[str] | None, typer.Option("--checkpoint", help="Whose generations to look at; left out, everybody's.")
+    ] = None,
+    recipe: Annotated[str, typer.Option("--recipe", help="Prefer recipe: a shipped name or a TOML file.")] = "prefer",
+    overrides: SetOption = None,
+    lake: LakeOption = "./lake",
+    json: JsonOption = False,
+    strict: StrictOption = False,
+) -> None:
+    """Pair the best and the worst generation of each prompt, by votes or by a scorer, and name the pairs."""
+    from jobs.prefer import PreferRecipe
+    from jobs.prefer import prefer as run
+    from jobs.shipped import load_named
+
+    how = load_named(PreferRecipe, recipe, overrides or ())
+    report = run(_open(lake), name, how, votes=votes or (), scorer=scorer, checkpoints=checkpoint or ())
+    made = "there already" if report.already_there else "made"
+    text = f"{report.num_pairs} pairs of {report.num_generations} generations"
+    left = (
+        f"; {report.num_alone} generations have no other of their prompt and size, {report.num_refused} items refused"
+    )
+    _answer(report, json, f"prefer {name} by {report.judge} ({made}): {text}{left}")
+    _exit_if(strict and report.num_refused > 0)
+
+
+@app.command()
 def export(
     checkpoint: Annotated[str, typer.Argument(help="Language model checkpoint: id, a beginning of one, or latest.")],
     folder: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
@@ -352,7 +390,7 @@ def show_tables(
 
 @show_app.command("sets")
 def show_sets(lake: LakeOption = "./lake", json: JsonOption = False) -> None:
-    """Curated sets and sequence sets by name."""
+    """Curated sets, sequence sets and preference sets by name."""
     from jobs.show import print_sets
 
     print_sets(_open(lake), json=json)

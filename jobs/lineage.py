@@ -1,8 +1,9 @@
 """Lineage: from one generation back to every file that had a part in it, by id and by place.
 
 generation -> checkpoint -> runs; the checkpoint that it began with; sequence set -> sequences -> clips and texts -> media ->
-locations; the captions that the documents had -> captioner, prompt and the frames that were shown to it; and the same for the
-vision tokenizer that drew the pixels and for captioners of this lake, whose trainings read curated sets.
+locations; preference set -> pairs -> generations -> the checkpoints that drew them; the captions that the documents had ->
+captioner, prompt and the frames that were shown to it; and the same for the vision tokenizer that drew the pixels and for
+captioners of this lake, whose trainings read curated sets.
 """
 
 import json
@@ -21,7 +22,7 @@ from schemas.checkpoints import CHECKPOINTS
 from schemas.clips import CLIPS
 from schemas.curated import CURATED, CURATED_SETS
 from schemas.errors import ConfigError
-from schemas.generations import GENERATIONS
+from schemas.generations import GENERATIONS, PREFERENCE_PAIRS, PREFERENCE_SETS
 from schemas.media import LOCATIONS, MEDIA
 from schemas.runs import RUNS
 from schemas.sequences import SEQUENCE_SETS, SEQUENCES
@@ -53,8 +54,22 @@ class Captioner:
 
 
 @dataclass(frozen=True)
+class Preferences:
+    """The sets of pairs that a model learnt from, their pairs and generations, and the trainings of the checkpoints that drew
+    them, without the one that the model began with.
+    """
+
+    sets: tuple[Row, ...]
+    pairs: tuple[Row, ...]
+    generations: tuple[Row, ...]
+    drawn_by: "tuple[Training, ...]"
+
+
+@dataclass(frozen=True)
 class Training:
-    """A checkpoint, the runs that trained it, the data that it saw, and whose captions those were."""
+    """A checkpoint, the runs that trained it, the data that it saw, and whose captions those were. A model that learnt
+    preferences has seen clips where its drawings continue some.
+    """
 
     checkpoint: Row
     runs: tuple[Row, ...]
@@ -64,6 +79,7 @@ class Training:
     data: Data
     captioners: tuple[Captioner, ...] = ()
     start: "Training | None" = None
+    preferences: Preferences | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +165,19 @@ class _Tracer:
         if checkpoint is None:
             return None
         checkpoint["recipe"] = json.loads(checkpoint["recipe"])
-        data_id = checkpoint["data_id"]
+        data_id, start_id = checkpoint["data_id"], checkpoint["start_id"]
+        # Published weights to begin with have no row here: they are named, and nothing is missing.
+        is_ours = start_id not in (None, checkpoint_id) and self._many(
+            CHECKPOINTS, "checkpoint_id", start_id, ["checkpoint_id"]
+        )
+        start = self._training(start_id) if is_ours else None
+        runs = self._runs(checkpoint)
+        preferred = self._many(PREFERENCE_SETS, "pairset_id", data_id, _all_but(PREFERENCE_SETS, "text_tokenizer"))
+        if preferred:
+            preferences = self._preferences(preferred, {checkpoint_id, start_id})
+            given = {row["continued_clip_id"] for row in preferences.generations} - {None}
+            data = self._data(given, [])
+            return Training(checkpoint, runs, (), (), (), data, start=start, preferences=preferences)
         packed = self._many(SEQUENCE_SETS, "seqset_id", data_id, _all_but(SEQUENCE_SETS, "text_tokenizer"))
         curated_ids = sorted({one for row in packed for one in row["curated_ids"]}) if packed else [data_id]
         curated = self._many(CURATED_SETS, "curated_id", curated_ids, ["name", "curated_id", "recipe_id", "num_clips"])
@@ -170,13 +198,21 @@ class _Tracer:
         if not packed and not curated:
             self._missing.append(f"data {data_id} of checkpoint {checkpoint_id}")
         captioners = tuple(self._captioner(one) for one in sorted({row["captioner_id"] for row in captions}))
-        start_id = checkpoint["start_id"]
-        # Published weights to begin with have no row here: they are named, and nothing is missing.
-        is_ours = start_id not in (None, checkpoint_id) and self._many(
-            CHECKPOINTS, "checkpoint_id", start_id, ["checkpoint_id"]
+        return Training(checkpoint, runs, curated, packed, sequences, data, captioners, start)
+
+    def _preferences(self, sets: tuple[Row, ...], known: set[str | None]) -> Preferences:
+        """Sets -> their pairs and everything behind them but the trainings of `known` checkpoints."""
+        pair_ids = {one for row in sets for one in row["pair_ids"]}
+        pairs = self._all_of(PREFERENCE_PAIRS, "pair_id", pair_ids, PREFERENCE_PAIRS.names)
+        ids = {row[side] for row in pairs for side in ("chosen_id", "rejected_id")}
+        made = self._all_of(GENERATIONS, "generation_id", ids, _all_but(GENERATIONS, "tokens"))
+        found = [self._training(one) for one in sorted({row["checkpoint_id"] for row in made} - known)]
+        return Preferences(
+            sets,
+            tuple(sorted(pairs, key=lambda row: str(row["pair_id"]))),
+            tuple(sorted(made, key=lambda row: str(row["generation_id"]))),
+            tuple(training for training in found if training is not None),
         )
-        start = self._training(start_id) if is_ours else None
-        return Training(checkpoint, self._runs(checkpoint), curated, packed, sequences, data, captioners, start)
 
     def _captions(self, wanted: Mapping[str, set[str]], *, written_before: datetime | None = None) -> tuple[Row, ...]:
         """Captioner ids, each with the clips whose captions by it were learnt -> those captions, and the moments whose
@@ -331,6 +367,8 @@ def _training_lines(training: Training) -> Lines:
         lines.append((0, f"sequence set {row['name']}  {row['seqset_id']}  {counts}"))
     for row in training.curated_sets:
         lines.append((0, f"curated set {row['name']}  {row['curated_id']}  {row['num_clips']} clips"))
+    if training.preferences is not None:
+        lines += _preference_lines(training.preferences)
     for captioner in training.captioners:
         lines += _captioner_lines(captioner, training.data)
     lines += _data_lines(training.data)
@@ -339,6 +377,25 @@ def _training_lines(training: Training) -> Lines:
         lines += [(1 + depth, line) for depth, line in _training_lines(training.start)]
     elif training.checkpoint["start_id"]:
         lines.append((0, f"began with weights {training.checkpoint['start_id']}, which were not trained in this lake"))
+    return lines
+
+
+def _preference_lines(preferences: Preferences) -> Lines:
+    lines: Lines = []
+    for row in preferences.sets:
+        heading = f"preference set {row['name']}  {row['pairset_id']}"
+        lines.append((0, f"{heading}  {row['num_pairs']} pairs by {row['judge']}"))
+    made = {row["generation_id"]: row for row in preferences.generations}
+    for pair in preferences.pairs[:NUM_SHOWN]:
+        lines.append((1, f"pair {pair['pair_id']}"))
+        for side in ("chosen", "rejected"):
+            row = made.get(pair[f"{side}_id"], {})
+            lines.append((2, f"{side} {pair[f'{side}_id']}  {row.get('prompt')!r}  {row.get('uri')}"))
+    if len(preferences.pairs) > NUM_SHOWN:
+        lines.append((1, f"and {len(preferences.pairs) - NUM_SHOWN} more: --json lists them all"))
+    for training in preferences.drawn_by:
+        lines.append((0, f"drawn by checkpoint {_checkpoint(training)}"))
+        lines += [(1 + depth, line) for depth, line in _training_lines(training)]
     return lines
 
 

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from jobs.checkpoints import checkpoint_row
+from jobs.checkpoints import LANGUAGE_OBJECTIVES, checkpoint_row, language_data
 from model.vision_tokenizer.tokenizer import VisionTokenizer
 from model.weights import LanguageModel, load_language_model, load_vision_tokenizer
 from schemas.catalog import Lake
 from schemas.document import VisionBlock
 from schemas.errors import ConfigError
-from schemas.sequences import SEQUENCE_SETS
 from schemas.vision_tokens import TOKENIZERS, VISION_TOKENS
 
 
@@ -35,13 +34,11 @@ class Models:
 
 def load_models(lake: Lake, checkpoint: str) -> Models:
     """A checkpoint's id, the beginning of one, or `latest` -> its networks. Raises: ConfigError if there is none."""
-    row = checkpoint_row(lake, checkpoint, "pretrain")
-    sets = lake.read_where(SEQUENCE_SETS, "seqset_id", [str(row["data_id"])], ["tokenizer_id"])
-    if not len(sets):
-        raise ConfigError(
-            f"checkpoint {row['checkpoint_id']} was trained on sequences {row['data_id']}, which are not here"
-        )
-    tokenizer_id = sets["tokenizer_id"][0].as_py()
+    row = checkpoint_row(lake, checkpoint, *LANGUAGE_OBJECTIVES)
+    read = language_data(lake, str(row["data_id"]))
+    if read is None:
+        raise ConfigError(f"checkpoint {row['checkpoint_id']} was trained on {row['data_id']}, which is not here")
+    tokenizer_id = str(read["tokenizer_id"])
     tokenizer = lake.read_where(TOKENIZERS, "tokenizer_id", [tokenizer_id]).to_pylist()[0]
     return Models(row, tokenizer_id, load_language_model(Path(str(row["uri"]))), Path(tokenizer["uri"]))
 

@@ -255,6 +255,19 @@ def score_captions(pairs: Sequence[tuple[str, ShapeFacts]]) -> ShapeScore:
     )
 
 
+def score_drawing(prompt: str, frames: Pixels) -> float:
+    """A prompt and uint8 RGB frames (T, H, W, 3), one for an image -> the share of what was asked for that they show, 0..1.
+
+    Raises: ValueError if the prompt is not of the grammar.
+    """
+    asked = _asked(prompt)
+    colour, shape = judge_shape(frames[len(frames) // 2])
+    right = [colour == asked.colour, shape == asked.shape]
+    if asked.direction is not None:
+        right.append(judge_direction(frames) == asked.direction)
+    return sum(right) / len(right)
+
+
 @dataclass(frozen=True)
 class ShapeSeen:
     """What the judge saw; None where it saw nothing of the kind."""

@@ -10,6 +10,7 @@ from jobs.curate import set_row
 from pipeline.rules import Example, FunnelStep
 from schemas.catalog import Lake
 from schemas.curated import CURATED_SETS
+from schemas.generations import PREFERENCE_SETS
 from schemas.runs import ATTEMPTS, RUNS
 from schemas.sequences import SEQUENCE_SETS
 from schemas.tables import TABLES
@@ -132,7 +133,7 @@ def print_tables(lake: Lake, *, hashes: bool, json: bool) -> None:
 
 
 def print_sets(lake: Lake, *, json: bool) -> None:
-    """Curated sets and sequence sets by name."""
+    """Curated sets, sequence sets and preference sets by name."""
     names = ["name", "curated_id", "recipe_id", "num_clips", "content_sha256", "written_at"]
     curated = lake.read(CURATED_SETS, names).sort_by("name").to_pylist()
     names = [
@@ -146,8 +147,10 @@ def print_sets(lake: Lake, *, json: bool) -> None:
         "written_at",
     ]
     packed = lake.read(SEQUENCE_SETS, names).sort_by("name").to_pylist()
+    names = ["name", "pairset_id", "judge", "tokenizer_id", "num_pairs", "num_tokens", "written_at"]
+    preferred = lake.read(PREFERENCE_SETS, names).sort_by("name").to_pylist()
     if json:
-        _print_json({"curated_sets": curated, "sequence_sets": packed})
+        _print_json({"curated_sets": curated, "sequence_sets": packed, "preference_sets": preferred})
         return
     _print_table(
         ["curated set", "id", "recipe", "clips", "made"],
@@ -171,6 +174,9 @@ def print_sets(lake: Lake, *, json: bool) -> None:
             for row in packed
         ],
     )
+    names = ["name", "pairset_id", "judge", "num_pairs", "num_tokens"]
+    rows = [[*(row[name] for name in names), _when(row["written_at"])] for row in preferred]
+    _print_table(["preference set", "id", "by", "pairs", "tokens", "made"], rows)
 
 
 def print_funnel(lake: Lake, name: str, *, json: bool) -> None:

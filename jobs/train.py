@@ -1,4 +1,5 @@
-"""Train: a vision tokenizer or a captioner on a curated set, or a language model on a sequence set; the recipe says which.
+"""Train: a vision tokenizer or a captioner on a curated set, a language model on a sequence set or on preferences; the recipe
+says which.
 
 A training is identified by its recipe and the content of its data. The same training is resumed when it was interrupted and
 found again when it is finished; its checkpoint is a row that names the data.
@@ -19,12 +20,13 @@ import numpy.typing as npt
 from pydantic import Field
 
 from jobs.captioners import PROVIDED, find_captioner
-from jobs.checkpoints import checkpoint_row
+from jobs.checkpoints import LANGUAGE_OBJECTIVES, checkpoint_row, language_data
 from jobs.clip_items import clip_items
 from jobs.cluster import ensure_ray, num_cpus
 from jobs.curate import set_row
 from jobs.model_files import model_digest
 from jobs.pack import materialise, sequence_set, text_tokenizer_from_json
+from jobs.preference_sets import materialise_pairs, preference_set
 from jobs.progress import Advance, progress
 from jobs.run import recorded
 from jobs.shipped import load_named
@@ -39,13 +41,14 @@ from schemas.catalog import Lake
 from schemas.checkpoints import CHECKPOINTS
 from schemas.errors import ConfigError, RowError
 from schemas.identity import window_id
-from schemas.recipe import Config, short_hash
+from schemas.recipe import Config, later_option, short_hash
 from schemas.runs import ATTEMPTS
-from schemas.sequences import SEQUENCE_SETS
 from schemas.vocabulary import Vocabulary
 from train.batches import FrameData, SequenceData, write_frame_file
 from train.captioner import CaptionData, CaptionerTrainingConfig, CaptionExample, train_captioner, write_examples
-from train.pretrain import PretrainConfig, Start, pretrain
+from train.language import Start
+from train.preference import DpoConfig, train_preferences
+from train.pretrain import PretrainConfig, pretrain
 from train.progress import Progress, TrainingResult
 from train.vision_tokenizer import TokenizerTrainingConfig, train_vision_tokenizer
 
@@ -69,18 +72,20 @@ class ExampleConfig(Config):
 class TrainRecipe(Config):
     """What to train. Exactly the sections that the objective names are given."""
 
-    objective: Literal["vision_tokenizer", "pretrain", "captioner"]
+    objective: Literal["vision_tokenizer", "pretrain", "captioner", "dpo"]
     frames: ChunkConfig | None = None
     vision_tokenizer: TokenizerTrainingConfig | None = None
     pretrain: PretrainConfig | None = None
     examples: ExampleConfig | None = None
     captioner: CaptionerTrainingConfig | None = None
+    dpo: DpoConfig | None = later_option(None)
 
 
 SECTIONS = {
     "vision_tokenizer": {"frames", "vision_tokenizer"},
     "pretrain": {"pretrain"},
     "captioner": {"examples", "captioner"},
+    "dpo": {"dpo"},
 }
 
 
@@ -116,9 +121,13 @@ def train(
     `start` names weights to begin with, of a language model: a checkpoint's id, the beginning of one, `latest`, or a folder
     with published ones. `latest` is another one once this training is finished. `held_out` names a sequence
     set that it is evaluated on and never learns from.
+
+    Raises: ConfigError if recipe, data, start and held-out data do not fit one another.
     """
     if recipe.objective == "pretrain":
         return _pretrain(lake, recipe, data_name, start, held_out)
+    if recipe.objective == "dpo":
+        return _train_preferences(lake, recipe, data_name, start, held_out)
     if start is not None or held_out is not None:
         found = "weights to begin with" if start is not None else "held-out data"
         raise ConfigError(f"found {found} and the objective {recipe.objective!r}: only language models take them so")
@@ -239,28 +248,40 @@ def _pretrain(lake: Lake, recipe: TrainRecipe, name: str, start_name: str | None
     config = recipe.pretrain
     row = sequence_set(lake, name)
     begin = _start(lake, start_name, str(row["tokenizer_id"])) if start_name is not None else None
-    if held_out is not None and (known := sequence_set(lake, held_out)["tokenizer_id"]) != row["tokenizer_id"]:
-        raise ConfigError(
-            f"found the held-out sequences {held_out!r} in codes of the vision tokenizer {known}, expected those of "
-            f"{row['tokenizer_id']}, as in {name!r}"
-        )
+    kept = _held_out(lake, held_out, str(row["tokenizer_id"]))
 
     def start(training_id: str, advance: Advance, run_id: str) -> TrainingResult:
-        kept = _sequences(lake, held_out) if held_out is not None else None
-        return pretrain(
-            config,
-            _sequences(lake, name),
-            _storage(lake, training_id),
-            start=begin,
-            held_out=kept,
-            on_progress=_advance(advance),
-        )
+        data, storage = _sequences(lake, name), _storage(lake, training_id)
+        return pretrain(config, data, storage, start=begin, held_out=kept, on_progress=_advance(advance))
 
     options: list[Any] = [config.model_dump(mode="json", exclude={"execution"})]
     start_id = begin.digest[:ID_DIGITS] if begin else None
     if begin is not None:
         options.append(begin.digest)
     return _run(lake, recipe, options, str(row["seqset_id"]), str(row["content_sha256"]), start, start_id)
+
+
+def _train_preferences(
+    lake: Lake, recipe: TrainRecipe, name: str, start_name: str | None, held_out: str | None
+) -> TrainReport:
+    assert recipe.dpo is not None
+    config = recipe.dpo
+    if start_name is None:
+        raise ConfigError(
+            "found no weights to begin with, expected those whose drawings were judged: preferences change a model, they "
+            "make none. Give --from CHECKPOINT"
+        )
+    row = preference_set(lake, name)
+    begin = _start(lake, start_name, str(row["tokenizer_id"]))
+    kept = _held_out(lake, held_out, str(row["tokenizer_id"]))
+
+    def start(training_id: str, advance: Advance, run_id: str) -> TrainingResult:
+        data, storage = materialise_pairs(lake, name), _storage(lake, training_id)
+        return train_preferences(config, data, storage, start=begin, held_out=kept, on_progress=_advance(advance))
+
+    options = [config.model_dump(mode="json", exclude={"execution"}), begin.digest]
+    data_id, data_sha256 = str(row["pairset_id"]), str(row["content_sha256"])
+    return _run(lake, recipe, options, data_id, data_sha256, start, begin.digest[:ID_DIGITS])
 
 
 def _sequences(lake: Lake, name: str) -> SequenceData:
@@ -276,6 +297,19 @@ def _sequences(lake: Lake, name: str) -> SequenceData:
     )
 
 
+def _held_out(lake: Lake, name: str | None, tokenizer_id: str) -> SequenceData | None:
+    """Raises: ConfigError if the set holds codes of another vision tokenizer than this one."""
+    if name is None:
+        return None
+    known = sequence_set(lake, name)["tokenizer_id"]
+    if known != tokenizer_id:
+        raise ConfigError(
+            f"found the held-out sequences {name!r} in codes of the vision tokenizer {known}, expected those of "
+            f"{tokenizer_id}, which are trained on"
+        )
+    return _sequences(lake, name)
+
+
 def _start(lake: Lake, name: str, tokenizer_id: str) -> Start:
     """A checkpoint's name or a folder -> its weights.
 
@@ -284,16 +318,17 @@ def _start(lake: Lake, name: str, tokenizer_id: str) -> Start:
     folder = Path(name)
     if not (folder / CONFIG_FILE).is_file():
         try:
-            folder = Path(str(checkpoint_row(lake, name, "pretrain")["uri"]))
+            folder = Path(str(checkpoint_row(lake, name, *LANGUAGE_OBJECTIVES)["uri"]))
         except ConfigError as error:
             raise ConfigError(f"{name!r} is no folder of a model (it has no {CONFIG_FILE}), and {error}") from None
     found = digest(folder)
     for known in lake.read_where(CHECKPOINTS, "checkpoint_id", [found[:ID_DIGITS]], ["data_id"])["data_id"].to_pylist():
-        learnt = lake.read_where(SEQUENCE_SETS, "seqset_id", [known], ["tokenizer_id"])["tokenizer_id"].to_pylist()
-        if learnt and learnt[0] != tokenizer_id:
+        learnt = language_data(lake, known)
+        if learnt is not None and learnt["tokenizer_id"] != tokenizer_id:
             raise ConfigError(
-                f"checkpoint {found[:ID_DIGITS]} learnt codes of the vision tokenizer {learnt[0]}, and these sequences hold "
-                f"those of {tokenizer_id}: pack them with --tokenizer {learnt[0]}"
+                f"checkpoint {found[:ID_DIGITS]} learnt codes of the vision tokenizer {learnt['tokenizer_id']}, and these "
+                f"sequences hold those of {tokenizer_id}: pack with --tokenizer {learnt['tokenizer_id']}, or prefer among "
+                "drawings in its codes"
             )
     return Start(folder.resolve(), found)
 

@@ -11,10 +11,10 @@ CHECKPOINTS = Table(
     key=("checkpoint_id",),
     columns=(
         CHECKPOINT_ID,
-        Column("objective", pa.string(), "vision_tokenizer or pretrain"),
+        Column("objective", pa.string(), "vision_tokenizer, captioner, pretrain or dpo"),
         Column("training_id", pa.string(), "hash of the recipe and of the content of the data"),
         Column("recipe", pa.string(), "the resolved training recipe as canonical JSON"),
-        Column("data_id", pa.string(), "curated_id or seqset_id of the data"),
+        Column("data_id", pa.string(), "curated_id, seqset_id or pairset_id of the data"),
         Column("data_sha256", pa.string(), "content hash of the data"),
         Column("step", pa.int64(), "optimizer steps"),
         Column(

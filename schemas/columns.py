@@ -14,6 +14,7 @@ TOKENIZER_ID = Column(
 )
 CHECKPOINT_ID = Column("checkpoint_id", pa.string(), "first 16 hex digits of the digest of config and weights")
 SEQSET_ID = Column("seqset_id", pa.string(), "hash of the packed inputs' content and the pack recipe")
+PAIRSET_ID = Column("pairset_id", pa.string(), "hash of the judge, the recipe and what was judged")
 CURATED_ID = Column("curated_id", pa.string(), "hash of the recipe and of the content of its input tables")
 RUN_ID = Column("run_id", pa.string(), "the run that wrote the row", provenance=True)
 WRITTEN_AT = Column("written_at", TIMESTAMP, "when the row was written, UTC", provenance=True)

@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-from schemas.columns import CHECKPOINT_ID, KIND, RUN_ID, TOKENIZER_ID, WRITTEN_AT
+from schemas.columns import CHECKPOINT_ID, KIND, PAIRSET_ID, RUN_ID, TOKENIZER_ID, WRITTEN_AT
 from schemas.table import Column, Table
 
 GENERATION_ID = Column("generation_id", pa.string(), "hash of prompt, seed, sampling, grid, context and checkpoint")
@@ -40,7 +40,30 @@ PREFERENCE_PAIRS = Table(
         Column("pair_id", pa.string(), "hash of chosen, rejected and judge"),
         Column("chosen_id", pa.string(), "generation_id of the better one"),
         Column("rejected_id", pa.string(), "generation_id of the other one"),
+        Column("judge", pa.string(), "who or what chose: `votes-` and a hash of the votes, or a scorer's name"),
+        Column("chosen_score", pa.float64(), "mean vote or score of the better one", nullable=True),
+        Column("rejected_score", pa.float64(), "mean vote or score of the other one", nullable=True),
+        RUN_ID,
+        WRITTEN_AT,
+    ),
+)
+
+PREFERENCE_SETS = Table(
+    name="preference_sets",
+    doc="One row per name of a set of pairs. A name is given once.",
+    key=("name",),
+    columns=(
+        Column("name", pa.string(), "the set's name"),
+        PAIRSET_ID,
         Column("judge", pa.string(), "who or what chose"),
+        Column("recipe", pa.string(), "the resolved recipe as canonical JSON"),
+        TOKENIZER_ID,
+        Column("vocabulary", pa.string(), "JSON: sizes of the id space of the tokens"),
+        Column("text_tokenizer", pa.string(), "JSON: the text tokenizer's own serialisation"),
+        Column("pair_ids", pa.list_(pa.field("element", pa.string(), nullable=False)), "the pairs, in order"),
+        Column("num_pairs", pa.int64(), "pairs"),
+        Column("num_tokens", pa.int64(), "tokens of both documents of all pairs"),
+        Column("content_sha256", pa.string(), "SHA-256 over the pairs in order, with the tokens of their generations"),
         RUN_ID,
         WRITTEN_AT,
     ),

@@ -5,7 +5,7 @@ from schemas.captions import CAPTION_SCORES, CAPTIONERS, CAPTIONS
 from schemas.checkpoints import CHECKPOINTS
 from schemas.clips import CLIPS, SCANS
 from schemas.curated import CURATED, CURATED_SETS, RECIPES
-from schemas.generations import GENERATIONS, PREFERENCE_PAIRS
+from schemas.generations import GENERATIONS, PREFERENCE_PAIRS, PREFERENCE_SETS
 from schemas.media import LOCATIONS, MEDIA
 from schemas.runs import ATTEMPTS, RUNS
 from schemas.scores import FAMILIES
@@ -34,6 +34,7 @@ TABLES: tuple[Table, ...] = (
     CHECKPOINTS,
     GENERATIONS,
     PREFERENCE_PAIRS,
+    PREFERENCE_SETS,
     ANSWERS,
     ATTEMPTS,
     RUNS,

@@ -117,7 +117,7 @@ class Objective(Protocol):
         """Tensors beyond weights that later steps depend on; they are kept in checkpoints and changed in place."""
         ...
 
-    def start(self, model: nn.Module, device: torch.device) -> None:
+    def start(self, model: nn.Module, mesh: Mesh) -> None:
         """Called once, before step 0, on all workers alike."""
         ...
 
@@ -159,7 +159,7 @@ class WeightsOnly:
         """Nothing but weights."""
         return {}
 
-    def start(self, model: nn.Module, device: torch.device) -> None:
+    def start(self, model: nn.Module, mesh: Mesh) -> None:
         """Nothing to prepare."""
 
     def finish_step(self, model: nn.Module, step: int, device: torch.device, state: dict[str, Tensor]) -> None:
@@ -232,7 +232,7 @@ def run_loop(objective: Objective, identity: TrainingIdentity, storage: Path, re
         state = objective.initial_state(model)
         first = restore_latest(folder.checkpoints, model, optimizers, state, identity)
         if first == 0:
-            objective.start(model, mesh.device)
+            objective.start(model, mesh)
         journal = _journal(folder, config, mesh, first) if rank() == 0 else None
         with _writer(folder, identity, config.execution) as writer, journal.closing() if journal else nullcontext():
             for step in range(first, config.steps):

@@ -10,49 +10,34 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from model.transformer import TRANSFORMER_SIZES, Transformer, TransformerConfig
-from model.weights import describe_language_model, read_transformer, save_language_model
+from model.weights import describe_language_model, save_language_model
 from schemas.document import TokenWeights
 from schemas.errors import ConfigError
 from schemas.recipe import later_option
-from train.batches import Rows, SequenceData, SequenceFile, open_sequences, token_batch, worker_share
-from train.head_loss import HeadLossConfig
+from train.batches import Rows, SequenceData, SequenceFile, open_sequences, token_batch
+from train.language import (
+    LanguageExecutionConfig,
+    SequenceLoss,
+    Start,
+    build_transformer,
+    check_held_out,
+    held_out_terms,
+    sequence_terms,
+    token_work,
+)
 from train.launch import run_training, training_identity
-from train.loop import ExecutionConfig, TrainingConfig, WeightsOnly
-from train.losses import Normaliser, Term, next_token_loss, sum_of
-from train.mesh import LayoutConfig, Mesh
-from train.meter import Work, transformer_flops
+from train.loop import TrainingConfig, WeightsOnly
+from train.losses import Normaliser, Term
+from train.mesh import Mesh
+from train.meter import Work
 from train.progress import OnProgress, TrainingResult
-from train.sharding import head_of, place_transformer
 
 OBJECTIVE = "pretrain"
 MAY_CHANGE = frozenset({"dropout", "max_position_embeddings"})  # from one stage to the next
-
-
-class LanguageExecutionConfig(ExecutionConfig):
-    """How the training of a language model runs, which leaves its result alone up to rounding."""
-
-    head_loss: HeadLossConfig = later_option(HeadLossConfig())
-    rows_at_once: int | None = later_option(None, ge=1)
-    """Rows that go through the network together on a worker, whose memory it sets; gradients are added. None: all of them."""
-    layout: LayoutConfig = later_option(LayoutConfig())
-    held_out_rows: int = later_option(64, ge=1)
-    """Rows of the held-out data that an evaluation reads at most, the first ones."""
-
-    @model_validator(mode="after")
-    def _check_head(self) -> Self:
-        if self.layout.tensor > 1 and self.head_loss.kind != "chunked":
-            raise ValueError(f"found head_loss.kind {self.head_loss.kind!r} with layout.tensor, expected 'chunked'")
-        return self
-
-    @property
-    def spread(self) -> LayoutConfig:
-        """How the network is spread over the workers."""
-        return self.layout
 
 
 class PretrainConfig(TrainingConfig):
@@ -93,18 +78,15 @@ class PretrainConfig(TrainingConfig):
         """What each kind of token weighs."""
         return TokenWeights(self.vision_weight, self.structure_weight, self.text_weight)
 
+    @property
+    def loss(self) -> SequenceLoss:
+        """How tokens weigh, and how their loss is worked out."""
+        return SequenceLoss(self.token_weights, self.normalise, self.execution)
+
     def transformer_config(self, vocab_size: int) -> TransformerConfig:
         """The architecture over a vocabulary of this size."""
         base = TRANSFORMER_SIZES[self.size].model_dump()
         return TransformerConfig.model_validate({**base, **self.model, "vocab_size": vocab_size})
-
-
-@dataclass(frozen=True)
-class Start:
-    """Weights to begin with: a folder of ours or as published, and the digest of its tensors."""
-
-    folder: Path
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -131,70 +113,27 @@ class PretrainObjective(WeightsOnly):
     def build_model(self, mesh: Mesh) -> nn.Module:
         """A transformer of the weights to begin with, or a fresh one, whose padding row is zero."""
         vocabulary = self.data.vocabulary
-        with torch.device("meta"):
-            model = Transformer(self.config.transformer_config(vocabulary.size))
-        if self.weights is None:
-            place_transformer(model, model.fresh_weights(vocabulary.pad), mesh)
-        else:
-            place_transformer(model, read_transformer(model, self.weights).items(), mesh)
-        return model
+        return build_transformer(
+            self.config.transformer_config(vocabulary.size), mesh, self.weights, pad_token=vocabulary.pad
+        )
 
     def parts(self, rows: Rows) -> Sequence[Rows]:
         """Rows in groups of `rows_at_once`."""
-        size = self.config.execution.rows_at_once or len(rows)
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
+        return self.config.execution.groups(rows)
 
     def loss(self, model: nn.Module, rows: Rows, step: int, mesh: Mesh, state: dict[str, Tensor]) -> dict[str, Term]:
         """Rows -> `loss`, and the plain cross-entropies of `text`, `vision` and each `quarter` of the documents."""
-        return self._terms(model, self.data, rows, len(rows), mesh)
+        return sequence_terms(model, self.data, rows, self.config.loss, mesh)
 
     def evaluate(self, model: nn.Module, mesh: Mesh) -> dict[str, Term]:
         """The same figures for the first rows of the held-out data."""
         if self.held_out is None:
             return {}
-        rows = np.arange(min(len(open_sequences(self.held_out.path)), self.config.execution.held_out_rows))
-        share = worker_share(rows, mesh.data_rank, mesh.data_size)
-        # All workers go through the network equally often: those with a row less see one again, which counts nothing.
-        num_counted, num_equal = len(share), -(-len(rows) // mesh.data_size)
-        share = np.concatenate([share, rows[: num_equal - num_counted]])
-        at_once = self.config.execution.rows_at_once or self.config.batch_size
-        found = [
-            self._terms(model, self.held_out, share[start : start + at_once], num_counted - start, mesh)
-            for start in range(0, num_equal, at_once)
-        ]
-        return {name: sum_of([terms[name] for terms in found]) for name in found[0]}
+        return held_out_terms(model, self.held_out, self.config.loss, mesh)
 
     def work(self, rows: Rows) -> Work:
         """Tokens of rows, without padding, and the operations that they take."""
-        file = self._file()
-        lengths = np.concatenate([file.document_lengths(int(row)) for row in rows])
-        config = self.config.transformer_config(self.data.vocabulary.size)
-        return Work(int(lengths.sum()), "tokens", transformer_flops(config, lengths))
-
-    def _terms(self, model: nn.Module, data: SequenceData, rows: Rows, num_counted: int, mesh: Mesh) -> dict[str, Term]:
-        """The terms of the first `num_counted` of these rows."""
-        config = self.config
-        length = mesh.row_length(data.context_len)
-        batch = token_batch(open_sequences(data.path), rows, data, config.token_weights, length).to(mesh.device)
-        batch.weights_BL[max(0, num_counted) :] = 0.0
-        batch, plan = mesh.share_context(batch)
-        assert isinstance(model, Transformer)
-        documents_BL = batch.document_ids_BL if plan is None else None
-        hidden_BLD = model.hidden(
-            batch.tokens_BL, positions_BL=batch.positions_BL, document_ids_BL=documents_BL, plan=plan
-        )
-        hidden_BLD, head_VD, shard = head_of(model, hidden_BLD)
-        return next_token_loss(
-            hidden_BLD,
-            head_VD,
-            batch.labels_BL,
-            batch.weights_BL,
-            data.vocabulary.vision_offset,
-            config.execution.head_loss,
-            config.normalise,
-            shard,
-            batch.quarters_BL,
-        )
+        return token_work(self._file(), rows, self.config.transformer_config(self.data.vocabulary.size))
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Weights, vocabulary and text tokenizer as a folder."""
@@ -221,7 +160,7 @@ def pretrain(
     """
     objective = PretrainObjective(config, data, start.folder if start else None, held_out)
     if held_out is not None:
-        _check_held_out(held_out, data)
+        check_held_out(held_out, data)
     if start is not None:
         _check_start(start, config, data)
     longest = config.transformer_config(data.vocabulary.size).max_position_embeddings
@@ -236,23 +175,6 @@ def pretrain(
         raise ConfigError(f"found no token that weighs something in {data.path}: pack other documents, or weigh others")
     identity = training_identity(OBJECTIVE, config, data.data_id, data.sha256, start.digest if start else None)
     return run_training(objective, identity, storage, on_progress)
-
-
-def _check_held_out(held_out: SequenceData, data: SequenceData) -> None:
-    """Raises: ConfigError if the held-out data is written in other ids, or holds what is trained on."""
-    if held_out.vocabulary != data.vocabulary or held_out.text.to_json() != data.text.to_json():
-        raise ConfigError(
-            f"the held-out sequences {held_out.data_id} are written in other ids than {data.data_id}: pack them with --like it"
-        )
-    file = open_sequences(held_out.path)
-    if not len(file):
-        raise ConfigError(f"found no sequence in {held_out.path}: hold out a set that holds documents")
-    shared = file.item_ids() & open_sequences(data.path).item_ids()
-    if shared:
-        raise ConfigError(
-            f"found {len(shared)} documents in both {data.data_id} and the held-out {held_out.data_id}, such as "
-            f"{min(shared)}: hold out others"
-        )
 
 
 def _check_start(start: Start, config: PretrainConfig, data: SequenceData) -> None:

@@ -103,12 +103,12 @@ class TokenizerObjective:
         assert isinstance(model, VisionTokenizer)
         return {CODE_USES: torch.zeros(model.config.codebook_size, dtype=torch.int64)}
 
-    def start(self, model: nn.Module, device: torch.device) -> None:
+    def start(self, model: nn.Module, mesh: Mesh) -> None:
         """Place the codebook on latents of the data, unless there are steps without it first."""
         assert isinstance(model, VisionTokenizer)
         if self.config.free_steps == 0:
             with torch.no_grad():
-                latents_BCthw = model.latents(self._pixels(self._latent_rows(0), 0, device))
+                latents_BCthw = model.latents(self._pixels(self._latent_rows(0), 0, mesh.device))
             for module in model.modules():
                 if isinstance(module, nn.BatchNorm3d):
                     module.reset_running_stats()  # they belong to the steps

@@ -48,6 +48,10 @@ def model_of(command: str) -> type[Config]:
         from jobs.generate import GenerateRecipe
 
         return GenerateRecipe
+    if command == "prefer":
+        from jobs.prefer import PreferRecipe
+
+        return PreferRecipe
     if command == "ask":
         from jobs.ask import AskRecipe
 

@@ -1,5 +1,6 @@
 """A lake with a language model and a vision tokenizer of random weights, as if they had been trained there."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from model.vision_tokenizer.tokenizer import VisionTokenizer
 from model.weights import save_language_model, save_vision_tokenizer
 from schemas.catalog import Lake
 from schemas.checkpoints import CHECKPOINTS
+from schemas.recipe import canonical_json
 from schemas.sequences import SEQUENCE_SETS
 from schemas.vision_tokens import TOKENIZERS, VISION_TOKENS
 from schemas.vocabulary import Vocabulary
@@ -34,7 +36,9 @@ def make_lake(folder: Path) -> Lake:
     lake.append(CHECKPOINTS, rows, "r")
     where = {"uri": str(folder / "vision")}
     lake.append(TOKENIZERS, [{"tokenizer_id": "tok", "checkpoint_id": "seer", "preparation": "{}", **where}], "r")
-    packed = {"tokenizer_id": "tok", "recipe": "{}", "vocabulary": "{}", "text_tokenizer": "{}", "context_len": 512}
+    text = canonical_json({"kind": "tiny_bpe", "serialised": json.loads(lm.text.to_json())})
+    ids = {"vocabulary": VOCABULARY.to_json(), "text_tokenizer": text}
+    packed = {"tokenizer_id": "tok", "recipe": "{}", **ids, "context_len": 512}
     counts = {"num_sequences": 0, "num_tokens": 0, "content_sha256": "x"}
     names = {"name": "set", "seqset_id": "seqset", "curated_ids": []}
     lake.append(SEQUENCE_SETS, [{**names, **packed, **counts}], "r")

@@ -142,7 +142,7 @@ def test_what_cannot_be_drawn_is_said(lake: Lake) -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             generate(lake, [asked], "latest", RECIPE)
-    with pytest.raises(ConfigError, match="names 0 pretrain checkpoints"):
+    with pytest.raises(ConfigError, match="names 0 pretrain or dpo checkpoints"):
         generate(lake, [Ask("x", "image", 0)], "nobody", RECIPE)
 
 

@@ -153,7 +153,7 @@ def test_an_empty_lake_shows_nothing_and_fails_nowhere(tmp_path: Path, said: Rea
     for show in (print_sets, print_runs, print_attempts):
         show(lake, json=True)
         told = json.loads(said())
-        assert told in ([], {"curated_sets": [], "sequence_sets": []})
+        assert told in ([], {"curated_sets": [], "sequence_sets": [], "preference_sets": []})
         show(lake, json=False)
         assert said()
     print_tables(lake, hashes=True, json=False)

@@ -16,7 +16,7 @@ from schemas.recipe import canonical_json
 from schemas.sequences import SEQUENCE_SETS
 from tests.jobs.small_models import VOCABULARY, make_lake
 from tests.train.small_data import pretrain_config
-from train.pretrain import Start
+from train.language import Start
 from train.progress import TrainingResult
 
 RECIPE = TrainRecipe(objective="pretrain", pretrain=pretrain_config())
@@ -88,7 +88,7 @@ def test_codes_of_another_vision_tokenizer_are_refused(lake: Lake, begun: list[S
 
 
 def test_names_that_are_no_model_are_refused(lake: Lake, begun: list[Start | None], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"is no folder of a model .* and .* names 0 pretrain checkpoints"):
+    with pytest.raises(ConfigError, match=r"is no folder of a model .* and .* names 0 pretrain or dpo checkpoints"):
         train(lake, RECIPE, "mine", str(tmp_path / "nowhere"))
     captioner = TrainRecipe.model_construct(objective="captioner")
     with pytest.raises(ConfigError, match="only language models"):

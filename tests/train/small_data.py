@@ -8,11 +8,15 @@ import numpy.typing as npt
 import torch
 
 from model.text_tokenizer import TinyBpe
+from model.transformer import Transformer
+from model.weights import save_language_model
 from schemas.document import TextDocument, VisionBlock, VisionDocument, write_document
 from schemas.vocabulary import Vocabulary
 from train.batches import FrameData, SequenceData, write_frame_file, write_sequence_file
+from train.language import Start
 from train.mesh import LayoutConfig, Mesh
-from train.pretrain import PretrainConfig
+from train.preference import DpoConfig
+from train.pretrain import PretrainConfig, PretrainObjective
 from train.vision_tokenizer import TokenizerTrainingConfig
 
 VOCABULARY = Vocabulary(num_text=256, num_codes=16)
@@ -71,6 +75,60 @@ def sequence_data(folder: Path, num_rows: int = 12, seed: int = 0, items: str = 
     path = folder / f"sequences-{seed}.arrow"
     write_sequence_file(path, rows, segments)
     return SequenceData(path, f"set-{seed}", f"sha-{seed}", VOCABULARY, text_tokenizer(), CONTEXT_LEN)
+
+
+def picture(caption: str, codes: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.uint32]:
+    """A caption and codes (h, w) as a document."""
+    block = VisionBlock("image", np.asarray(codes, np.int64)[None])
+    return write_document(VisionDocument(block, caption), VOCABULARY, text_tokenizer())
+
+
+def write_pairs(folder: Path, pairs: list[tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]]) -> SequenceData:
+    """Chosen and rejected documents -> what a preference training reads; what comes after IMG was drawn."""
+    segments, answers = [], []
+    for pair in pairs:
+        ends = np.cumsum([len(document) for document in pair]).tolist()
+        starts = [0, ends[0]]
+        drawn = [int(np.flatnonzero(document == VOCABULARY.img)[0]) + 1 for document in pair]
+        lengths = [len(document) for document in pair]
+        segments.append(
+            [{"kind": "image", "item_id": "x", "offset": o, "length": n} for o, n in zip(starts, lengths, strict=True)]
+        )
+        answers.append([{"offset": o + d, "length": n - d} for o, d, n in zip(starts, drawn, lengths, strict=True)])
+    path = folder / "pairs.arrow"
+    write_sequence_file(path, [np.concatenate(pair) for pair in pairs], segments, answers)
+    longest = max((sum(map(len, pair)) for pair in pairs), default=1)
+    return SequenceData(path, "pairs", "sha-pairs", VOCABULARY, text_tokenizer(), longest)
+
+
+def pair_data(folder: Path, num_pairs: int = 10) -> SequenceData:
+    """Pairs of random pictures, of other sizes and captions from pair to pair."""
+    rng = np.random.default_rng(5)
+    pairs = []
+    for index in range(num_pairs):
+        caption, grid = "red" * (index % 3), (1 + index % 2, 2 + index % 3)
+        codes = rng.integers(0, VOCABULARY.num_codes, (2, *grid))
+        pairs.append((picture(caption, codes[0]), picture(caption, codes[1])))
+    return write_pairs(folder, pairs)
+
+
+def start_weights(folder: Path, **model: Any) -> Start:
+    """Random weights as a folder, with dropout, as of a training before."""
+    data = SequenceData(folder, "none", "none", VOCABULARY, text_tokenizer(), CONTEXT_LEN)
+    torch.manual_seed(4)
+    transformer = PretrainObjective(pretrain_config(model={"dropout": 0.1, **model}), data).build_model(ALONE)
+    with torch.no_grad():
+        for tensor in transformer.parameters():
+            if tensor.ndim > 1:
+                tensor.normal_(std=0.2)  # far from uniform
+    assert isinstance(transformer, Transformer)
+    return Start(folder / "start", save_language_model(folder / "start", transformer, VOCABULARY, data.text))
+
+
+def dpo_config(**changes: Any) -> DpoConfig:
+    execution = {"num_threads": 1, "checkpoint_every": 3, "log_every": 2, **changes.pop("execution", {})}
+    values = {"steps": 8, "batch_size": 4, "optim": {"learning_rate": 0.002, "warmup_steps": 2}, **changes}
+    return DpoConfig.model_validate({"execution": execution, **values})
 
 
 def frame_data(folder: Path, num_chunks: int = 6, size_px: int = 12) -> FrameData:

@@ -18,9 +18,12 @@ from schemas.document import TextDocument, VisionBlock, VisionDocument, write_do
 from schemas.errors import ConfigError
 from tests.train.small_data import (
     VOCABULARY,
+    dpo_config,
     frame_data,
+    pair_data,
     pretrain_config,
     sequence_data,
+    start_weights,
     text_tokenizer,
     tokenizer_config,
 )
@@ -29,6 +32,8 @@ from train.checkpoint import latest
 from train.launch import training_identity
 from train.loop import Objective, TrainingFolder, run_loop
 from train.losses import Term
+from train.mesh import Mesh
+from train.preference import DpoObjective
 from train.pretrain import PretrainObjective
 from train.progress import read_losses
 from train.vision_tokenizer import TokenizerObjective
@@ -130,7 +135,7 @@ def test_a_second_writer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     @dataclass(frozen=True)
     class Nested(Interrupted):
-        def start(self, model: nn.Module, device: torch.device) -> None:
+        def start(self, model: nn.Module, mesh: Mesh) -> None:
             _run(objective, tmp_path / "run")
 
     with pytest.raises(ConfigError, match="another process trains"):
@@ -200,6 +205,13 @@ def _two_worker_objectives(folder: Path, num_workers: int) -> dict[str, Objectiv
         # 5 rows over 2 workers: unequal shares, and unequal weights in them.
         "pretrain": PretrainObjective(pretrain_config(batch_size=5, execution=execution), sequence_data(data)),
         "vision_tokenizer": TokenizerObjective(tokenizer_config(batch_size=3, execution=execution), frame_data(data)),
+        # The reference is worked out by both together, 10 pairs in threes.
+        "dpo": DpoObjective(
+            dpo_config(batch_size=5, execution=execution),
+            pair_data(data),
+            start_weights(data),
+            folder / f"reference-{num_workers}",
+        ),
     }
 
 

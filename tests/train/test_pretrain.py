@@ -16,10 +16,11 @@ from schemas.vocabulary import Vocabulary
 from tests.train.small_data import ALONE, VOCABULARY, pretrain_config, sequence_data, text_tokenizer
 from train.batches import SequenceFile, write_sequence_file
 from train.head_loss import HeadLossConfig
+from train.language import Start
 from train.launch import training_identity
 from train.loop import run_loop
 from train.losses import Term, next_token_loss
-from train.pretrain import PretrainConfig, PretrainObjective, Start, pretrain
+from train.pretrain import PretrainConfig, PretrainObjective, pretrain
 
 
 def test_a_packed_row_costs_what_its_documents_cost_alone(tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def test_the_loss_is_worked_out_as_the_options_say(tmp_path: Path, monkeypatch: 
         asked.append(arguments[5])
         return next_token_loss(*arguments)
 
-    monkeypatch.setattr("train.pretrain.next_token_loss", spy)
+    monkeypatch.setattr("train.language.next_token_loss", spy)
     weights = []
     for options in ({}, {"normalise": "tokens", "execution": {"head_loss": {"kind": "whole"}}}):
         objective = PretrainObjective(pretrain_config(**options), data)

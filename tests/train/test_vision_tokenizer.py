@@ -17,7 +17,7 @@ def _started(objective: TokenizerObjective) -> tuple[VisionTokenizer, dict[str, 
     torch.manual_seed(0)
     model = objective.build_model(ALONE).train()
     assert isinstance(model, VisionTokenizer)
-    objective.start(model, ALONE.device)
+    objective.start(model, ALONE)
     return model, objective.initial_state(model)
 
 
