@@ -30,8 +30,8 @@ class HeadLossConfig(Config):
     """
 
     kind: Literal["chunked", "torch", "liger", "whole"] = "chunked"
-    chunk_tokens: int = Field(default=256, ge=1)
-    """Tokens at a time, of `chunked` and `torch`: 256 on a CPU, 1,024 or more on a GPU."""
+    chunk_tokens: int = Field(default=128, ge=1)
+    """Tokens at a time, of `chunked` and `torch`: 128 on a CPU, 1,024 or more on a GPU."""
 
 
 @dataclass(frozen=True)
