@@ -4,6 +4,7 @@ Both stages of the published recipe are this objective with other data: stage 1 
 video as well at context 131072.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from train.loop import ExecutionConfig, TrainingConfig, WeightsOnly
 from train.losses import Normaliser, Term, next_token_loss, sum_of
 from train.mesh import LayoutConfig, Mesh
 from train.meter import Work, transformer_flops
+from train.planner import Workload, check_memory, gpu_memory
 from train.progress import OnProgress, TrainingResult
 from train.sharding import head_of, place_transformer
 
@@ -98,6 +100,21 @@ class PretrainConfig(TrainingConfig):
         base = TRANSFORMER_SIZES[self.size].model_dump()
         return TransformerConfig.model_validate({**base, **self.model, "vocab_size": vocab_size})
 
+    def workload(self, vocab_size: int, context_len: int) -> Workload:
+        """What a worker is to compute with rows of this length, as the planner asks it."""
+        execution = self.execution
+        readers = execution.num_workers // execution.layout.workers_per_row
+        rows = math.ceil(self.batch_size / readers)
+        return Workload(
+            self.transformer_config(vocab_size),
+            execution.layout,
+            execution.head_loss,
+            execution.num_workers,
+            rows,
+            min(execution.rows_at_once or rows, rows),
+            Mesh(execution.layout, torch.device("cpu")).row_length(context_len),
+        )
+
 
 @dataclass(frozen=True)
 class Start:
@@ -129,8 +146,14 @@ class PretrainObjective(WeightsOnly):
         )
 
     def build_model(self, mesh: Mesh) -> nn.Module:
-        """A transformer of the weights to begin with, or a fresh one, whose padding row is zero."""
+        """A transformer of the weights to begin with, or a fresh one, whose padding row is zero.
+
+        Raises: ConfigError if the training does not fit into the memory of this worker's GPU.
+        """
         vocabulary = self.data.vocabulary
+        if mesh.device.type == "cuda":
+            load = self.config.workload(vocabulary.size, self.data.context_len)
+            check_memory(load, gpu_memory(mesh.device), f"the GPU {mesh.device}")
         with torch.device("meta"):
             model = Transformer(self.config.transformer_config(vocabulary.size))
         if self.weights is None:
