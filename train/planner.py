@@ -123,8 +123,7 @@ def kept_by_layer(load: Workload, recompute: str | None = None) -> float:
     attention's output, twice, and the logarithms of its sums; gate, its SiLU, up and their product; a byte of each dropped
     number. selective: the input, and what KEPT_OPERATORS gave. full: the input.
 
-    Tensor parallelism divides all but the norms' outputs, which each worker needs whole. Context parallelism makes workers
-    keep the keys and values of whole rows.
+    Tensor parallelism divides all but the norms' outputs, which each worker needs whole.
     """
     a, b, tensor = load.architecture, load.width, load.layout.tensor
     heads, keys = a.num_heads * a.head_dim, 2 * a.num_kv_heads * a.head_dim
@@ -137,7 +136,7 @@ def kept_by_layer(load: Workload, recompute: str | None = None) -> float:
             return ((a.hidden_size + products + heads) * b + sums) / tensor
     norms = 2 * (4 + b) * a.hidden_size / tensor + 2 * b * a.hidden_size
     dropped = 2 * a.hidden_size if a.dropout else 0
-    inner = (3 * heads + keys * load.layout.context + 4 * a.intermediate_size) * b
+    inner = (3 * heads + keys + 4 * a.intermediate_size) * b
     return norms + (inner + sums + dropped) / tensor
 
 
@@ -196,6 +195,11 @@ def _activations(load: Workload) -> Iterator[MemoryRow]:
     embedded = (b + bool(a.dropout)) * a.hidden_size / tensor
     outer = (last_norm + rotary + embedded) * load.tokens
     yield MemoryRow("activations around them", outer, held, "embedding, last norm, rotary tables")
+    if load.layout.context > 1:
+        is_kept = load.layout.recompute == "nothing"
+        others = _keys_and_values(load) * (load.layout.context - 1) * load.tokens * (layers if is_kept else 1)
+        kept = held if is_kept else BACKWARD
+        yield MemoryRow("keys and values of others", others, kept, "of whole rows, gathered over context")
 
 
 def _loss(load: Workload) -> Iterator[MemoryRow]:
@@ -222,17 +226,31 @@ def _backward(load: Workload) -> Iterator[MemoryRow]:
     if load.layout.recompute == "selective":  # most of it is there; input and outputs of two products are there besides
         again += 3 * a.hidden_size * b / tensor - kept_by_layer(load)
     yield MemoryRow("a layer's activations, made again", again * tokens, BACKWARD, "one layer at a time")
-    slopes = 2 * (a.intermediate_size + a.hidden_size) * b / tensor
-    yield MemoryRow("slopes inside a layer", slopes * tokens, BACKWARD, "of gate and up, and of the layer's ends")
-    if load.layout.context > 1:
-        whole = a.num_kv_heads * a.head_dim * b / tensor * tokens * load.layout.context
-        yield MemoryRow("keys and values of whole rows", 4 * whole, BACKWARD, "slopes and messages of one layer")
+    yield MemoryRow("slopes inside a layer", _slopes(load) * tokens, BACKWARD, "of its MLP or its attention")
     if load.layout.is_whole:
         return
     # The layer, the next one, its gradient, and the float32 message that shares out the gradient of the one before.
     layer = layer_parameters(a) / tensor * (2 * b + b + 4)
     yield MemoryRow("layers, gathered", layer, BACKWARD, "one, one ahead, a gradient and its float32 message")
     yield MemoryRow("gradient of the head, kept", a.vocab_size * a.hidden_size / tensor * b, BACKWARD, "until the end")
+
+
+def _slopes(load: Workload) -> float:
+    """Bytes of a token that the backward pass of a layer makes and drops: in the MLP the slopes of gate and up, and of the
+    layer's ends; in attention those of queries, added up in float32, and of keys and values, which the kernel makes for
+    each query head and which travel back to those who gave them.
+    """
+    a, b, layout = load.architecture, load.width, load.layout
+    heads = a.num_heads * a.head_dim
+    messages = 2 * _keys_and_values(load) * layout.tensor if layout.context > 1 else 0
+    mlp = 2 * a.intermediate_size * b
+    attention = heads * (4 + 2 * b) + (2 * heads * b + messages) * layout.context
+    return (2 * a.hidden_size * b + max(mlp, attention)) / layout.tensor
+
+
+def _keys_and_values(load: Workload) -> float:
+    """Bytes of a token's keys and values on a worker."""
+    return 2 * load.architecture.num_kv_heads * load.architecture.head_dim * load.width / load.layout.tensor
 
 
 def _end(load: Workload) -> Iterator[MemoryRow]:
