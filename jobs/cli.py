@@ -229,7 +229,9 @@ def train(
 
 @app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(help="Recipe of a language model's training: a shipped name or a TOML file.")],
+    recipe: Annotated[
+        str, typer.Argument(help="Recipe of a language model's training: a shipped name or a TOML file.")
+    ],
     context_len: Annotated[
         int | None, typer.Option("--context-len", help="Tokens of a row; the most that the model takes if left out.")
     ] = None,

@@ -33,7 +33,9 @@ def plan_training(recipe: TrainRecipe, gpu: str, context_len: int | None, docume
     """
     config, kind = recipe.pretrain, gpu_named(gpu)
     if config is None:
-        raise ConfigError(f"found the objective {recipe.objective!r}, expected 'pretrain': only language models are planned")
+        raise ConfigError(
+            f"found the objective {recipe.objective!r}, expected 'pretrain': only language models are planned"
+        )
     architecture = TRANSFORMER_SIZES[config.size]
     longest = config.transformer_config(architecture.vocab_size).max_position_embeddings
     if context_len is not None and not 1 <= context_len <= longest:

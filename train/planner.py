@@ -211,7 +211,9 @@ def _loss(load: Workload) -> Iterator[MemoryRow]:
     chunk = min(load.head_loss.chunk_tokens, load.tokens) if is_chunked else load.tokens
     # Made whole: logits, as float32, their log-softmax and its slopes; in chunks: float32 in place.
     size = 4 + (b if b < 4 else 0) if is_chunked else 12 + (b if b < 4 else 0)
-    yield MemoryRow("logits of a chunk", chunk * a.vocab_size / tensor * size, LOSS, f"{chunk} tokens, {size} bytes each")
+    yield MemoryRow(
+        "logits of a chunk", chunk * a.vocab_size / tensor * size, LOSS, f"{chunk} tokens, {size} bytes each"
+    )
     head = 4 * a.vocab_size * a.hidden_size / tensor
     yield MemoryRow("gradient of the head", head, LOSS, "added up in float32")
     hidden = load.tokens * a.hidden_size * b * (3 if tensor > 1 else 1)
@@ -297,6 +299,4 @@ def _with(load: Workload, **changes: str) -> Workload:
 def _with_workers(load: Workload, layout: LayoutConfig, num_workers: int) -> Workload:
     """The same batch over more workers."""
     rows = max(1, load.rows * load.readers // (num_workers // layout.workers_per_row))
-    return replace(
-        load, layout=layout, num_workers=num_workers, rows=rows, rows_at_once=min(rows, load.rows_at_once)
-    )
+    return replace(load, layout=layout, num_workers=num_workers, rows=rows, rows_at_once=min(rows, load.rows_at_once))

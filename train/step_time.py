@@ -46,9 +46,7 @@ def expected_step(load: Workload, gpu: Gpu, document_len: int | None = None) -> 
     compute_s = (useful + _repeated(load, useful)) / (peak * EFFICIENCY)
     links_s, memory_s = _links_s(load, gpu), _memory_s(load, gpu)
     step_s, tokens = max(compute_s, links_s) + memory_s, rows * load.row_len
-    return StepTime(
-        compute_s, links_s, memory_s, tokens, tokens / step_s / load.num_workers, useful / (step_s * peak)
-    )
+    return StepTime(compute_s, links_s, memory_s, tokens, tokens / step_s / load.num_workers, useful / (step_s * peak))
 
 
 def _documents(row_len: int, document_len: int | None) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
