@@ -22,7 +22,8 @@ from train.gpus import GIB
 from train.head_loss import HeadLossConfig
 from train.mesh import LayoutConfig
 
-RESERVE_GIB = 6.0  # ours: the CUDA context, NCCL's buffers and memory that falls between allocations
+# Ours: the CUDA context and memory that falls between allocations; with other workers also what NCCL holds.
+RESERVE_GIB, RESERVE_ALONE_GIB = 6.0, 2.0
 MIN_CHUNK_TOKENS = 256
 
 Moment = Literal["loss", "backward", "end"]
@@ -182,7 +183,8 @@ def _always(load: Workload) -> Iterator[MemoryRow]:
     if not load.layout.is_whole:
         root = (a.vocab_size / tensor + 1) * a.hidden_size * load.width
         yield MemoryRow("head and last norm, gathered", root, MOMENTS, "FSDP2 keeps its root unit through the step")
-    yield MemoryRow("reserve", RESERVE_GIB * GIB, MOMENTS, "fragmentation, NCCL, the CUDA context; ours")
+    reserve = RESERVE_GIB if load.num_workers > 1 else RESERVE_ALONE_GIB
+    yield MemoryRow("reserve", reserve * GIB, MOMENTS, "fragmentation, NCCL, the CUDA context; ours")
 
 
 def _activations(load: Workload) -> Iterator[MemoryRow]:
@@ -275,21 +277,30 @@ def _remedies(load: Workload, peak: float) -> list[tuple[str, float]]:
 def _changes(load: Workload) -> Iterator[tuple[str, Workload]]:
     layout, readers = load.layout, load.readers
     if readers > layout.shard:
-        yield (f"set layout.shard to {readers}", replace(load, layout=layout.model_copy(update={"shard": readers})))
+        yield (
+            f"set execution.layout.shard to {readers}",
+            replace(load, layout=layout.model_copy(update={"shard": readers})),
+        )
     more = layout.model_copy(update={"shard": 2 * layout.shard})
     workers = 2 * load.num_workers
-    yield f"set num_workers to {workers} and layout.shard to {2 * layout.shard}", _with_workers(load, more, workers)
+    yield (
+        f"set execution.num_workers to {workers} and execution.layout.shard to {2 * layout.shard}",
+        _with_workers(load, more, workers),
+    )
     if layout.compute == "float32":
-        yield "set layout.compute to 'bfloat16'", _with(load, compute="bfloat16")
+        yield "set execution.layout.compute to 'bfloat16'", _with(load, compute="bfloat16")
     for kind in {"nothing": ("selective", "full"), "selective": ("full",)}.get(layout.recompute, ()):
-        yield f"set layout.recompute to {kind!r}", _with(load, recompute=kind)
+        yield f"set execution.layout.recompute to {kind!r}", _with(load, recompute=kind)
     if load.rows_at_once > 1:
-        yield "set rows_at_once to 1", replace(load, rows_at_once=1)
+        yield "set execution.rows_at_once to 1", replace(load, rows_at_once=1)
     more = layout.model_copy(update={"context": 2 * layout.context})
-    yield f"set num_workers to {workers} and layout.context to {2 * layout.context}", _with_workers(load, more, workers)
+    yield (
+        f"set execution.num_workers to {workers} and execution.layout.context to {2 * layout.context}",
+        _with_workers(load, more, workers),
+    )
     if load.head_loss.chunk_tokens > MIN_CHUNK_TOKENS or load.head_loss.kind == "whole":
         small = HeadLossConfig(chunk_tokens=MIN_CHUNK_TOKENS)
-        yield f"set head_loss.chunk_tokens to {MIN_CHUNK_TOKENS}, chunked", replace(load, head_loss=small)
+        yield f"set execution.head_loss.chunk_tokens to {MIN_CHUNK_TOKENS}, chunked", replace(load, head_loss=small)
 
 
 def _with(load: Workload, **changes: str) -> Workload:

@@ -87,18 +87,24 @@ def test_a_published_recipe_trains(losses: dict[Variant, Lines], variant: Varian
 
 
 @pytest.mark.parametrize(
-    ("name", "learnt"),
+    ("name", "learnt", "schedule", "context_len"),
     [
-        ("pretrain_1", (0.5, 1.0)),
-        ("pretrain_2", (0.5, 1.0)),
-        ("quality", (1.0, 0.0)),
-        ("instruct_1", (0.0, 1.0)),
-        ("instruct_2", (0.0, 1.0)),
+        ("pretrain_1", (0.5, 1.0), "cosine", 5120),
+        ("pretrain_2", (0.5, 1.0), "cosine", 131_072),
+        ("quality", (1.0, 0.0), "linear", None),
+        ("instruct_1", (0.0, 1.0), None, None),
+        ("instruct_2", (0.0, 1.0), None, None),
     ],
 )
-def test_a_stage_learns_what_the_report_says(name: str, learnt: tuple[float, float]) -> None:
-    """Emu3 report, sections 2.4 and 2.5: vision tokens weigh half, alone, or nothing."""
+def test_a_stage_is_what_the_report_says(
+    name: str, learnt: tuple[float, float], schedule: str | None, context_len: int | None
+) -> None:
+    """Emu3 report, sections 2.4 and 2.5: vision tokens weigh half, alone, or nothing; None where it is silent."""
     config = load_training_recipe(name).pretrain
     assert config is not None
+    architecture = config.transformer_config(184_622)
     assert (config.vision_weight, config.text_weight) == learnt
-    assert config.transformer_config(184_622).dropout == 0.1
+    assert schedule in (None, config.optim.schedule)
+    assert context_len in (None, architecture.max_position_embeddings)
+    if name.startswith("pretrain"):
+        assert (config.optim.learning_rate, architecture.dropout) == (5e-5, 0.1)

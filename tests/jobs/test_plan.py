@@ -61,7 +61,7 @@ def test_the_table_comes_before_the_refusal(
     told = capsys.readouterr()
     assert "activations of 32 layers" in told.out
     assert "tokens/s/GPU" in told.out
-    assert "set rows_at_once to 1" in told.err
+    assert "set execution.rows_at_once to 1" in told.err
 
 
 def test_json_says_the_same(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
