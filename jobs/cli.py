@@ -232,6 +232,30 @@ def train(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[
+        str, typer.Argument(help="Recipe of a language model's training: a shipped name or a TOML file.")
+    ],
+    context_len: Annotated[
+        int | None, typer.Option("--context-len", help="Tokens of a row; the most that the model takes if left out.")
+    ] = None,
+    gpu: Annotated[str, typer.Option("--gpu", help="h100, h200, a100, or cpu, of which nothing is known.")] = "h100",
+    document_len: Annotated[
+        int | None, typer.Option("--document-len", help="Tokens of a document; one fills a row if left out.")
+    ] = None,
+    overrides: SetOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Say what memory and time a training needs, before anything starts; exit with 2 if it cannot fit."""
+    from jobs.plan import plan_training, print_plan
+    from jobs.train import load_training_recipe
+
+    made = plan_training(load_training_recipe(recipe, overrides or ()), gpu, context_len, document_len)
+    print_plan(made, json)
+    made.check()
+
+
+@app.command()
 def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw.")],
     checkpoint: Annotated[

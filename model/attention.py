@@ -5,7 +5,7 @@ Shapes: B batch, L new tokens, S tokens in all, D hidden, H query heads, K key-v
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,6 +49,12 @@ class SharedRows:
     gather: Callable[[Tensor], Tensor]
     document_lens: list[int]
     pieces: list[Piece]
+    masks: tuple[Tensor | None, ...] = field(init=False)
+    """Of each piece, None where the plain causal kernel does. Made here: a layer that is recomputed cannot make them."""
+
+    def __post_init__(self) -> None:
+        masks = [None if p.length == p.num_keys else causal_lower_right(p.length, p.num_keys) for p in self.pieces]
+        object.__setattr__(self, "masks", tuple(masks))
 
 
 @dataclass(frozen=True)
@@ -184,12 +190,10 @@ class SelfAttention(nn.Module):
             torch.split(shared.gather(part).flatten(0, 1), shared.document_lens) for part in (key_BLKC, value_BLKC)
         )
         parts: list[Tensor] = []
-        for piece, asks in zip(shared.pieces, query_NHC, strict=True):
+        for piece, mask, asks in zip(shared.pieces, shared.masks, query_NHC, strict=True):
             seen = (asks, key_NKC[piece.document][: piece.num_keys], value_NKC[piece.document][: piece.num_keys])
             q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in seen)
-            whole = piece.length == piece.num_keys
-            mask = None if whole else causal_lower_right(piece.length, piece.num_keys)
-            parts.append(self._attend(q, k, v, mask, whole)[0].transpose(0, 1))
+            parts.append(self._attend(q, k, v, mask, mask is None)[0].transpose(0, 1))
         rows: Tensor = torch.cat(parts).unflatten(0, query_BLHC.shape[:2])
         return rows.transpose(1, 2)
 

@@ -3,6 +3,7 @@
 Shapes: B rows, L tokens, D hidden, V vocabulary.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -23,6 +24,7 @@ from train.loop import ExecutionConfig
 from train.losses import Normaliser, Term, next_token_loss, sum_of
 from train.mesh import LayoutConfig, Mesh
 from train.meter import Work, transformer_flops
+from train.planner import Workload, check_memory, gpu_memory
 from train.sharding import head_of, place_transformer
 
 
@@ -51,6 +53,19 @@ class LanguageExecutionConfig(ExecutionConfig):
         """A worker's rows of a step in groups of `rows_at_once`."""
         size = self.rows_at_once or len(rows)
         return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def workload(self, architecture: TransformerConfig, batch_size: int, context_len: int) -> Workload:
+        """What a worker is to compute with rows of this length, as the planner asks it."""
+        rows = math.ceil(batch_size / (self.num_workers // self.layout.workers_per_row))
+        return Workload(
+            architecture,
+            self.layout,
+            self.head_loss,
+            self.num_workers,
+            rows,
+            min(self.rows_at_once or rows, rows),
+            Mesh(self.layout, torch.device("cpu")).row_length(context_len),
+        )
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,12 @@ def build_transformer(config: TransformerConfig, mesh: Mesh, weights: Path | Non
     given = model.fresh_weights(pad_token) if weights is None else read_transformer(model, weights).items()
     place_transformer(model, given, mesh)
     return model
+
+
+def check_fits(load: Workload, mesh: Mesh) -> None:
+    """Raises: ConfigError if a training does not fit into the memory of this worker's GPU."""
+    if mesh.device.type == "cuda":
+        check_memory(load, gpu_memory(mesh.device), f"the GPU {mesh.device}")
 
 
 def pass_through(model: nn.Module, batch: TokenBatch, mesh: Mesh) -> Passed:

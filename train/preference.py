@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model.transformer import Transformer
+from model.transformer import Transformer, TransformerConfig
 from model.weights import describe_language_model, save_language_model
 from schemas.document import TokenWeights
 from schemas.errors import ConfigError, SchemaError
@@ -37,6 +37,7 @@ from train.language import (
     SequenceLoss,
     Start,
     build_transformer,
+    check_fits,
     check_held_out,
     held_out_terms,
     pass_through,
@@ -47,6 +48,7 @@ from train.losses import Term
 from train.mesh import Mesh
 from train.meter import Work
 from train.parallelize import barrier, broadcast_int, rank, sum_over_workers
+from train.planner import Workload
 from train.progress import OnProgress, TrainingResult
 
 OBJECTIVE = "dpo"
@@ -87,6 +89,10 @@ class DpoConfig(TrainingConfig):
         if self.reference == "copy" and not self.execution.layout.is_whole:
             raise ValueError("found reference 'copy' and a layout, expected 'stored': the copy is held whole")
         return self
+
+    def workload(self, architecture: TransformerConfig, pair_len: int) -> Workload:
+        """What a worker is to compute with pairs of this length, as the planner asks it."""
+        return self.execution.workload(architecture, self.batch_size, pair_len)
 
 
 def sequence_log_probs(passed: Passed, config: HeadLossConfig) -> tuple[Tensor, Tensor]:
@@ -151,7 +157,12 @@ class DpoObjective(WeightsOnly):
         return len(self._file())
 
     def build_model(self, mesh: Mesh) -> nn.Module:
-        """A transformer of the weights to begin with, without dropout."""
+        """A transformer of the weights to begin with, without dropout.
+
+        Raises: ConfigError if the training does not fit into the memory of this worker's GPU.
+        """
+        architecture, _, _ = describe_language_model(self.begin.folder)
+        check_fits(self.config.workload(architecture, self.data.context_len), mesh)
         return load_start(self.begin.folder, mesh, self.data.vocabulary.pad)
 
     def parts(self, rows: Rows) -> Sequence[Rows]:

@@ -24,6 +24,7 @@ from train.language import (
     SequenceLoss,
     Start,
     build_transformer,
+    check_fits,
     check_held_out,
     held_out_terms,
     sequence_terms,
@@ -34,6 +35,7 @@ from train.loop import TrainingConfig, WeightsOnly
 from train.losses import Normaliser, Term
 from train.mesh import Mesh
 from train.meter import Work
+from train.planner import Workload
 from train.progress import OnProgress, TrainingResult
 
 OBJECTIVE = "pretrain"
@@ -88,6 +90,10 @@ class PretrainConfig(TrainingConfig):
         base = TRANSFORMER_SIZES[self.size].model_dump()
         return TransformerConfig.model_validate({**base, **self.model, "vocab_size": vocab_size})
 
+    def workload(self, vocab_size: int, context_len: int) -> Workload:
+        """What a worker is to compute with rows of this length, as the planner asks it."""
+        return self.execution.workload(self.transformer_config(vocab_size), self.batch_size, context_len)
+
 
 @dataclass(frozen=True)
 class PretrainObjective(WeightsOnly):
@@ -111,8 +117,12 @@ class PretrainObjective(WeightsOnly):
         )
 
     def build_model(self, mesh: Mesh) -> nn.Module:
-        """A transformer of the weights to begin with, or a fresh one, whose padding row is zero."""
+        """A transformer of the weights to begin with, or a fresh one, whose padding row is zero.
+
+        Raises: ConfigError if the training does not fit into the memory of this worker's GPU.
+        """
         vocabulary = self.data.vocabulary
+        check_fits(self.config.workload(vocabulary.size, self.data.context_len), mesh)
         return build_transformer(
             self.config.transformer_config(vocabulary.size), mesh, self.weights, pad_token=vocabulary.pad
         )

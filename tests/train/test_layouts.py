@@ -38,6 +38,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "tensor": {"tensor": 2},
         "recomputed": {"shard": 2, "recompute": "full"},
         "selective": {"shard": 2, "recompute": "selective"},
+        "context-selective": {"context": 2, "recompute": "selective"},
     },
     4: {
         "shard-tensor": {"shard": 2, "tensor": 2},
