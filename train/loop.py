@@ -26,7 +26,7 @@ from train.batches import Rows, batch_indices, worker_share
 from train.checkpoint import TrainingIdentity, restore_latest, save_checkpoint
 from train.files import write_text
 from train.losses import Term, sum_of
-from train.optim import OptimConfig, build_optimizers, learning_rate, set_learning_rate
+from train.optim import NetworkUpdate, OptimConfig
 from train.parallelize import barrier, num_workers, rank, reduce_step, share_batch_norm
 from train.progress import ProgressLog, read_losses
 
@@ -80,6 +80,10 @@ class Objective(Protocol):
         """A network with fresh weights, drawn from torch's generator."""
         ...
 
+    def networks(self, model: nn.Module) -> Sequence[tuple[nn.Module, OptimConfig]]:
+        """The networks in the model that are updated each on its own, with their options; most often the model is one."""
+        ...
+
     def initial_state(self, model: nn.Module) -> dict[str, Tensor]:
         """Tensors beyond weights that later steps depend on; they are kept in checkpoints and changed in place."""
         ...
@@ -108,9 +112,15 @@ class Objective(Protocol):
 
 
 class WeightsOnly:
-    """What most objectives have in common: rows go through the network together, nothing but weights is kept, and nothing is
-    done around the steps.
+    """What most objectives have in common: the model is one network, rows go through it together, nothing but weights is kept,
+    and nothing is done around the steps.
     """
+
+    config: TrainingConfig
+
+    def networks(self, model: nn.Module) -> Sequence[tuple[nn.Module, OptimConfig]]:
+        """The model."""
+        return [(model, self.config.optim)]
 
     def parts(self, rows: Rows) -> Sequence[Rows]:
         """All rows together."""
@@ -181,7 +191,8 @@ def run_loop(objective: Objective, identity: TrainingIdentity, storage: Path, re
         torch.manual_seed(_mixed(config.seed, 0))
         model = objective.build_model().to(device).train()
         share_batch_norm(model)
-        optimizers = build_optimizers(model, config.optim)
+        updates = [NetworkUpdate(network, optim) for network, optim in objective.networks(model)]
+        optimizers = [optimizer for update in updates for optimizer in update.optimizers]
         state = objective.initial_state(model)
         first = restore_latest(folder.checkpoints, model, optimizers, state, identity)
         if first == 0:
@@ -189,7 +200,7 @@ def run_loop(objective: Objective, identity: TrainingIdentity, storage: Path, re
         log = ProgressLog(folder.progress, config.steps, first) if rank() == 0 else None
         began = time.monotonic()
         for step in range(first, config.steps):
-            figures = _train_step(objective, model, optimizers, step, device, state)
+            figures = _train_step(objective, model, updates, step, device, state)
             done = step + 1
             is_logged = done % config.execution.log_every == 0 or done == config.steps
             if log is not None and is_logged and "loss" in figures:
@@ -215,7 +226,7 @@ def use_exact_arithmetic(num_threads: int) -> None:
 def _train_step(
     objective: Objective,
     model: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
+    updates: Sequence[NetworkUpdate],
     step: int,
     device: torch.device,
     state: dict[str, Tensor],
@@ -234,18 +245,16 @@ def _train_step(
     figures = reduce_step(model, {name: sum_of([terms[name] for terms in found]) for name in found[0]})
     if "loss" not in figures:
         return figures  # its rows hold nothing that weighs: all weights stay as they are
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm))
-    rate = learning_rate(config.optim, step, config.steps)
-    if not norm < float("inf"):
+    norms = [update.clip() for update in updates]
+    if not all(norm < float("inf") for norm in norms):
+        shown = " and ".join(str(norm) for norm in norms)
         raise ConfigError(
-            f"step {step}: found the loss {figures['loss']} and the gradient norm {norm}, expected finite numbers; "
+            f"step {step}: found the loss {figures['loss']} and the gradient norm {shown}, expected finite numbers; "
             f"lower optim.learning_rate (now {config.optim.learning_rate}) or raise optim.warmup_steps"
         )
-    set_learning_rate(optimizers, rate)
-    for optimizer in optimizers:
-        optimizer.step()
+    rates = [update.step(step, config.steps) for update in updates]
     objective.finish_step(model, step, device, state)
-    return {**figures, "grad_norm": norm, "learning_rate": rate}
+    return {**figures, "grad_norm": norms[0], "learning_rate": rates[0]}
 
 
 def _finish(objective: Objective, model: nn.Module, folder: TrainingFolder, steps: int) -> None:
