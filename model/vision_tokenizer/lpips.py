@@ -91,7 +91,6 @@ class Lpips(nn.Module):
         for index, layer in enumerate(self.features):
             x_NCHW = layer(x_NCHW)
             if index in self.taps:
-                # Where no feature fires, the length is zero and has no other gradient than zero.
                 length_N1HW = torch.linalg.vector_norm(x_NCHW, dim=1, keepdim=True)
                 found.append(x_NCHW / (length_N1HW + NORM_EPS))
         return found

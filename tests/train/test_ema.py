@@ -24,8 +24,8 @@ def test_the_average_is_movqgans_and_begins_with_the_first_step() -> None:
     expected = 0.0
     for step in range(30):
         value = float(np.sin(step) + 2)
-        nn.init.constant_(model[0].weight, value)
-        model[1].running_mean.fill_(-value)  # type: ignore[operator, union-attr]
+        nn.init.constant_(model.get_parameter("0.weight"), value)
+        model.get_buffer("1.running_mean").fill_(-value)
         update_average(state, model, 0.6, step)
         decay = min(0.6, (2 + step) / (11 + step)) if step else 0.0
         expected = decay * expected + (1 - decay) * value
@@ -33,7 +33,7 @@ def test_the_average_is_movqgans_and_begins_with_the_first_step() -> None:
         assert state[average_name("1.running_mean")].item() == pytest.approx(-expected, rel=1e-5), step
     assert average_name("1.num_batches_tracked") not in state
     load_average(state, model)
-    assert model[0].weight.item() == pytest.approx(expected, rel=1e-5)
+    assert model.get_parameter("0.weight").item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_what_is_exported_is_the_average_of_the_steps(tmp_path: Path) -> None:
