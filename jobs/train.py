@@ -7,12 +7,14 @@ found again when it is finished; its checkpoint is a row that names the data.
 
 import hashlib
 import json
+import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -140,15 +142,18 @@ def _train_vision_tokenizer(lake: Lake, recipe: TrainRecipe, set_name: str) -> T
     assert recipe.frames is not None
     assert recipe.vision_tokenizer is not None
     config, chunks = recipe.vision_tokenizer, recipe.frames
-    curated = set_row(lake, set_name)
+    curated, left_out = set_row(lake, set_name), config.left_out()
 
     def start(training_id: str, advance: Advance, run_id: str) -> TrainingResult:
+        for term, reason in left_out.items():
+            print(f"train vision_tokenizer: without the {term} term, {reason}", file=sys.stderr, flush=True)
         data = _frame_data(lake, set_name, curated, chunks, run_id, advance)
         return train_vision_tokenizer(config, data, _storage(lake, training_id), on_progress=_advance(advance))
 
     shape = chunks.model_dump(include={"side_px", "fps", "chunks_per_clip"}, mode="json")
-    return _run(lake, recipe, [config.model_dump(mode="json", exclude={"execution"}), shape], curated["curated_id"],
-                curated["content_sha256"], start)  # fmt: skip
+    options = [config.by_content().model_dump(mode="json", exclude={"execution"}), shape]
+    said = {"left_out": left_out} if left_out else {}
+    return _run(lake, recipe, options, curated["curated_id"], curated["content_sha256"], start, said=said)
 
 
 def _train_captioner(lake: Lake, recipe: TrainRecipe, set_name: str) -> TrainReport:
@@ -341,8 +346,9 @@ def _run(
     data_sha256: str,
     start: Callable[[str, Advance, str], TrainingResult],
     start_id: str | None = None,
+    said: Mapping[str, Any] = MappingProxyType({}),
 ) -> TrainReport:
-    """Find the finished training, or run it and register its checkpoint."""
+    """Find the finished training, or run it and register its checkpoint. What is `said` of it joins the run's outcome."""
     training_id = short_hash([recipe.objective, options, data_id, data_sha256])
     rows = lake.read_where(CHECKPOINTS, "training_id", [training_id]).to_pylist()
     if rows:
@@ -371,6 +377,7 @@ def _run(
         }
         lake.append(CHECKPOINTS, [row], run.run_id)
         run.outcome |= {"checkpoint_id": checkpoint_id, "step": result.step, "resumed_from": result.resumed_from_step}
+        run.outcome |= said
     return TrainReport(recipe.objective, checkpoint_id, result.step, result.folder, result.losses, False)
 
 

@@ -18,7 +18,6 @@ from typing import Any, Protocol, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from model.weights import digest
 from schemas.errors import ConfigError
@@ -31,7 +30,7 @@ from train.loggers import open_loggers
 from train.losses import Term, sum_of
 from train.mesh import LayoutConfig, Mesh, build_mesh
 from train.meter import Meter, Work
-from train.optim import OptimConfig, build_optimizers, learning_rate, set_learning_rate
+from train.optim import NetworkUpdate, OptimConfig
 from train.parallelize import barrier, num_workers, rank, reduce_figures, reduce_step, share_batch_norm
 from train.progress import ProgressLog, read_losses
 from train.sharding import gather_model
@@ -113,6 +112,10 @@ class Objective(Protocol):
         """A network with fresh weights, drawn from torch's generator, or this worker's part of it, on its device."""
         ...
 
+    def networks(self, model: nn.Module) -> Sequence[tuple[nn.Module, OptimConfig]]:
+        """The networks in the model that are updated each on its own, with their options; most often the model is one."""
+        ...
+
     def initial_state(self, model: nn.Module) -> dict[str, Tensor]:
         """Tensors beyond weights that later steps depend on; they are kept in checkpoints and changed in place."""
         ...
@@ -147,9 +150,15 @@ class Objective(Protocol):
 
 
 class WeightsOnly:
-    """What most objectives have in common: rows go through the network together, nothing but weights is kept, and nothing is
-    done around the steps.
+    """What most objectives have in common: the model is one network, rows go through it together, nothing but weights is kept,
+    and nothing is done around the steps.
     """
+
+    config: TrainingConfig
+
+    def networks(self, model: nn.Module) -> Sequence[tuple[nn.Module, OptimConfig]]:
+        """The model."""
+        return [(model, self.config.optim)]
 
     def parts(self, rows: Rows) -> Sequence[Rows]:
         """All rows together."""
@@ -228,7 +237,8 @@ def run_loop(objective: Objective, identity: TrainingIdentity, storage: Path, re
         torch.manual_seed(_mixed(config.seed, 0))
         model = objective.build_model(mesh).train()
         share_batch_norm(model)
-        optimizers = build_optimizers(model, config.optim)
+        updates = [NetworkUpdate(network, optim) for network, optim in objective.networks(model)]
+        optimizers = [optimizer for update in updates for optimizer in update.optimizers]
         state = objective.initial_state(model)
         first = restore_latest(folder.checkpoints, model, optimizers, state, identity)
         if first == 0:
@@ -237,7 +247,7 @@ def run_loop(objective: Objective, identity: TrainingIdentity, storage: Path, re
         with _writer(folder, identity, config.execution) as writer, journal.closing() if journal else nullcontext():
             for step in range(first, config.steps):
                 rows = batch_indices(config.seed, step, config.batch_size, objective.num_rows())
-                figures = _train_step(objective, model, optimizers, step, rows, mesh, state)
+                figures = _train_step(objective, model, updates, step, rows, mesh, state)
                 done = step + 1
                 writer.publish()
                 if journal is not None:
@@ -291,7 +301,7 @@ def use_exact_arithmetic(num_threads: int) -> None:
 def _train_step(
     objective: Objective,
     model: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
+    updates: Sequence[NetworkUpdate],
     step: int,
     batch: Rows,
     mesh: Mesh,
@@ -309,24 +319,16 @@ def _train_step(
     figures = reduce_step(model, {name: sum_of([terms[name] for terms in found]) for name in found[0]}, mesh.layout)
     if "loss" not in figures:
         return figures  # its rows hold nothing that weighs: all weights stay as they are
-    norm = _clip(model, config.optim.max_grad_norm)
-    rate = learning_rate(config.optim, step, config.steps)
-    if not norm < float("inf"):
+    norms = [update.clip() for update in updates]
+    if not all(norm < float("inf") for norm in norms):
+        shown = " and ".join(str(norm) for norm in norms)
         raise ConfigError(
-            f"step {step}: found the loss {figures['loss']} and the gradient norm {norm}, expected finite numbers; "
+            f"step {step}: found the loss {figures['loss']} and the gradient norm {shown}, expected finite numbers; "
             f"lower optim.learning_rate (now {config.optim.learning_rate}) or raise optim.warmup_steps"
         )
-    set_learning_rate(optimizers, rate)
-    for optimizer in optimizers:
-        optimizer.step()
+    rates = [update.step(step, config.steps) for update in updates]
     objective.finish_step(model, step, mesh.device, state)
-    return {**figures, "grad_norm": norm, "learning_rate": rate}
-
-
-def _clip(model: nn.Module, max_norm: float) -> float:
-    """Scale gradients down to a norm; the norm that they had."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return {**figures, "grad_norm": norms[0], "learning_rate": rates[0]}
 
 
 def _finish(objective: Objective, model: nn.Module, folder: TrainingFolder, steps: int) -> None:

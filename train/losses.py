@@ -1,6 +1,6 @@
 """Losses as sums with their weights, so that the parts of a batch, on one worker or many, add up exactly.
 
-Shapes: B rows or clips, L tokens, V vocabulary, T frames, C channels, H W pixels.
+Shapes: B rows or clips, L tokens, V vocabulary, T frames, C channels, H W pixels, K codes.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from model.vision_tokenizer.tokenizer import TokenizerOutput
 from train.head_loss import HeadLossConfig, VocabularyShard, weighted_nll
+
+PEAK_TO_PEAK = 2.0  # of pixels in [-1, 1]
+SMALLEST_ERROR = 1e-12  # equal pixels have 126 dB, not infinity
 
 Normaliser = Literal["weights", "tokens"]
 
@@ -79,16 +82,53 @@ def next_token_loss(
 def vision_tokenizer_loss(
     output: TokenizerOutput, pixels_BTCHW: Tensor, codebook_weight: float, commitment_weight: float
 ) -> dict[str, Term]:
-    """A training forward and its pixels in [-1, 1] -> `loss` and its parts, each a mean over clips.
+    """A training forward and its pixels in [-1, 1] -> `loss` and its parts, each a mean over clips; `psnr` in dB.
 
     Squared error, plus what pulls the codebook to the latents and the latents to the codebook.
     Paper: Emu3 report, section 2.2 names L2 and commitment among the objectives; the weights are MoVQGAN's.
     """
-    num_clips = torch.tensor(float(len(pixels_BTCHW)), device=pixels_BTCHW.device)
-    pixels = F.mse_loss(output.reconstruction_BTCHW.float(), pixels_BTCHW)
+    drawn_BTCHW = output.reconstruction_BTCHW.float()
+    pixels = F.mse_loss(drawn_BTCHW, pixels_BTCHW)
     quantizing = codebook_weight * output.codebook_loss + commitment_weight * output.commitment_loss
-    return {
-        "loss": Term((pixels + quantizing) * num_clips, num_clips),
-        "pixels": Term(pixels.detach() * num_clips, num_clips),
-        "commitment": Term(output.commitment_loss.detach() * num_clips, num_clips),
+    figures = {
+        "pixels": pixels,
+        "commitment": output.commitment_loss,
+        "psnr": psnr(drawn_BTCHW.detach(), pixels_BTCHW).mean(),
     }
+    return {
+        "loss": clip_mean(pixels + quantizing, pixels_BTCHW),
+        **{name: clip_mean(figure.detach(), pixels_BTCHW) for name, figure in figures.items()},
+    }
+
+
+def clip_mean(mean: Tensor, pixels_BTCHW: Tensor, counts: bool = True) -> Term:
+    """A mean over these clips -> a term, weighed by their number; a term of nothing where it does not count."""
+    num_clips = torch.tensor(float(len(pixels_BTCHW) if counts else 0), device=pixels_BTCHW.device)
+    return Term(mean * num_clips, num_clips)
+
+
+def hinge_generator_loss(drawn_logits: Tensor) -> Tensor:
+    """A discriminator's logits of what was drawn -> what the generator has to lower.
+
+    Paper: Lim and Ye 2017, "Geometric GAN", section 3: -E[D(G)].
+    """
+    return -drawn_logits.float().mean()
+
+
+def hinge_discriminator_loss(real_logits: Tensor, drawn_logits: Tensor) -> Tensor:
+    """Logits of real and of drawn pictures -> what the discriminator has to lower.
+
+    Paper: Lim and Ye 2017, section 3: E[max(0, 1 - D(x))] + E[max(0, 1 + D(G))]; halved, as VQGAN and MoVQGAN do.
+    """
+    return 0.5 * (F.relu(1.0 - real_logits.float()).mean() + F.relu(1.0 + drawn_logits.float()).mean())
+
+
+def psnr(drawn_BTCHW: Tensor, pixels_BTCHW: Tensor) -> Tensor:
+    """Reconstructions, clipped to [-1, 1] as a picture is, and pixels in [-1, 1] -> dB of each clip, (B,)."""
+    error_B = (drawn_BTCHW.float().clamp(-1, 1) - pixels_BTCHW).square().flatten(1).mean(dim=1)
+    return 10 * torch.log10(PEAK_TO_PEAK**2 / error_B.clamp_min(SMALLEST_ERROR))
+
+
+def codes_used(uses_K: Tensor) -> Tensor:
+    """How often each code was chosen -> the share of codes that were chosen at all, 0..1."""
+    return (uses_K > 0).float().mean()

@@ -1,4 +1,6 @@
-"""AdamW and Muon, what each of them updates, and the learning rate as a pure function of the step."""
+"""AdamW and Muon, what each of them updates, how gradients are clipped, and the learning rate as a pure function of the
+step.
+"""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +9,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from schemas.errors import ConfigError
 from schemas.recipe import Config, later_option
@@ -20,24 +23,57 @@ class OptimConfig(Config):
 
     learning_rate: float = Field(default=5e-5, gt=0)
     warmup_steps: int = Field(default=0, ge=0)
-    schedule: Literal["cosine", "linear"] = later_option("cosine")
-    """How the learning rate falls to zero after the warm-up: cosine in pretraining, linear in quality tuning."""
+    schedule: Literal["cosine", "linear", "constant"] = later_option("cosine")
+    """How the learning rate falls to zero after the warm-up: cosine in pretraining, linear in quality tuning. MoVQGAN's is
+    constant.
+    """
     weight_decay: float = Field(default=0.1, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     max_grad_norm: float = Field(default=5.0, gt=0)
+    max_grad_value: float | None = later_option(None, gt=0)
+    """Cut every number of a gradient to this size, as MoVQGAN does, and not the whole to `max_grad_norm`."""
     matrices: Literal["adamw", "muon"] = later_option("adamw")
     """What updates the matrices inside the layers. Muon (Jordan et al. 2024) learns more from each step; ours."""
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Step (from 0) of `steps` -> its learning rate: a linear warm-up, then a cosine or a line that ends at zero."""
+    """Step (from 0) of `steps` -> its learning rate: a linear warm-up, then the schedule, whose falls end at zero."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
     done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     if config.schedule == "linear":
         return config.learning_rate * max(0.0, 1.0 - done)
     return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+
+class NetworkUpdate:
+    """The update of one network: its options and the optimizers of its parameters."""
+
+    def __init__(self, network: nn.Module, config: OptimConfig) -> None:
+        self.config = config
+        self.optimizers = build_optimizers(network, config)
+        self._parameters = list(network.parameters())
+
+    def clip(self) -> float:
+        """Cut the gradients to the size that the options allow, in place; their norm before that."""
+        config = self.config
+        if config.max_grad_value is None:
+            norm = nn.utils.clip_grad_norm_(self._parameters, config.max_grad_norm)
+            return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        nn.utils.clip_grad_value_(self._parameters, config.max_grad_value)
+        return float(norm)
+
+    def step(self, step: int, steps: int) -> float:
+        """Update the parameters at step `step` of `steps`; the learning rate that was used."""
+        rate = learning_rate(self.config, step, steps)
+        set_learning_rate(self.optimizers, rate)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return rate
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:

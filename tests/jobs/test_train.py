@@ -9,13 +9,15 @@ import pytest
 from jobs import train as module
 from jobs.train import TrainRecipe, train
 from model.weights import digest
+from pipeline.frame_chunks import ChunkConfig
 from schemas.catalog import Lake
 from schemas.checkpoints import CHECKPOINTS
 from schemas.errors import ConfigError
 from schemas.recipe import canonical_json
+from schemas.runs import RUNS
 from schemas.sequences import SEQUENCE_SETS
 from tests.jobs.small_models import VOCABULARY, make_lake
-from tests.train.small_data import pretrain_config
+from tests.train.small_data import DISCRIMINATOR, pretrain_config, tokenizer_config
 from train.language import Start
 from train.progress import TrainingResult
 
@@ -70,6 +72,23 @@ def test_a_training_says_what_it_began_with(lake: Lake, begun: list[Start | None
     rows = {row["checkpoint_id"]: row for row in lake.read(CHECKPOINTS).to_pylist()}
     assert rows[fresh.checkpoint_id]["start_id"] is None
     assert rows[fresh.checkpoint_id]["training_id"] != rows[by_id.checkpoint_id]["training_id"]
+
+
+def test_a_tokenizer_training_says_which_terms_it_is_without(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    curated = {"curated_id": "c", "content_sha256": "x"}
+    monkeypatch.setattr(module, "set_row", lambda lake, name: curated)
+    monkeypatch.setattr(module, "ensure_ray", lambda: None)
+    monkeypatch.setattr(module, "_frame_data", lambda *given: None)
+    done = TrainingResult(tmp_path, "0" * 16, 8, [], 0)
+    monkeypatch.setattr(module, "train_vision_tokenizer", lambda *given, on_progress: done)
+    config = tokenizer_config(adversarial=DISCRIMINATOR)
+    recipe = TrainRecipe(objective="vision_tokenizer", frames=ChunkConfig(), vision_tokenizer=config)
+    train(lake, recipe, "set")
+    (outcome,) = [json.loads(run["outcome"]) for run in lake.read(RUNS).to_pylist() if run["status"] == "done"]
+    assert list(outcome["left_out"]) == ["perceptual"]
+    assert "without the perceptual term, which needs weights of LPIPS" in capsys.readouterr().err
 
 
 def test_the_same_start_by_folder_is_the_same_training(lake: Lake, begun: list[Start | None], tmp_path: Path) -> None:

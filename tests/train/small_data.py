@@ -31,6 +31,7 @@ TINY_MODEL: dict[str, Any] = {
     "head_dim": 16,
 }
 TINY_TOKENIZER: dict[str, Any] = {"codebook_size": 8, "ch_mult": [1, 1], "attn_resolutions": [1]}
+DISCRIMINATOR: dict[str, Any] = {"channels": 4, "num_layers": 1, "norm_groups": 2}
 
 
 def text_tokenizer() -> TinyBpe:

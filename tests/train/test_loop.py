@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from schemas.document import TextDocument, VisionBlock, VisionDocument, write_document
 from schemas.errors import ConfigError
 from tests.train.small_data import (
+    DISCRIMINATOR,
     VOCABULARY,
     dpo_config,
     frame_data,
@@ -37,6 +39,13 @@ from train.preference import DpoObjective
 from train.pretrain import PretrainObjective
 from train.progress import read_losses
 from train.vision_tokenizer import TokenizerObjective
+
+# The discriminator begins between two checkpoints; its weights, its optimizer and the average have to be in the second.
+JUDGING = {"learning_rate": 0.001, "betas": [0.5, 0.9], "weight_decay": 0.0, "eps": 1e-4}
+ADVERSARIAL: dict[str, Any] = {
+    "adversarial": {**DISCRIMINATOR, "weight": 1.0, "start_step": 4, "optim": JUDGING},
+    "ema_decay": 0.5,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -75,10 +84,11 @@ def _objectives(folder: Path) -> dict[str, Objective]:
             pretrain_config(optim={"learning_rate": 0.01, "matrices": "muon"}), sequence_data(folder)
         ),
         "vision_tokenizer": TokenizerObjective(tokenizer_config(free_steps=2), frame_data(folder)),
+        "adversarial": TokenizerObjective(tokenizer_config(**ADVERSARIAL), frame_data(folder)),
     }
 
 
-@pytest.mark.parametrize("name", ["pretrain", "muon", "vision_tokenizer"])
+@pytest.mark.parametrize("name", ["pretrain", "muon", "vision_tokenizer", "adversarial"])
 @pytest.mark.parametrize("after", [2, 7])  # before and after the first checkpoints, which are at 3 and 6
 def test_an_interrupted_training_ends_with_the_same_bits(tmp_path: Path, name: str, after: int) -> None:
     objective = _objectives(tmp_path)[name]
@@ -211,6 +221,9 @@ def _two_worker_objectives(folder: Path, num_workers: int) -> dict[str, Objectiv
             pair_data(data),
             start_weights(data),
             folder / f"reference-{num_workers}",
+        ),
+        "adversarial": TokenizerObjective(
+            tokenizer_config(batch_size=3, execution=execution, **ADVERSARIAL), frame_data(data)
         ),
     }
 

@@ -1,10 +1,22 @@
+import math
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from model.vision_tokenizer.quantizer import Quantizer
 from model.vision_tokenizer.tokenizer import TokenizerOutput
 from train.head_loss import HeadLossConfig
-from train.losses import Term, next_token_loss, vision_tokenizer_loss
+from train.losses import (
+    Term,
+    codes_used,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    next_token_loss,
+    psnr,
+    vision_tokenizer_loss,
+)
 
 OFFSET = 20  # ids 20..31 are vision tokens
 
@@ -108,3 +120,55 @@ def test_tokenizer_loss_is_the_weighted_sum_of_its_parts() -> None:
     assert terms["pixels"].mean.item() == pytest.approx(0.25)
     assert terms["commitment"].mean.item() == pytest.approx(3.0)
     assert terms["loss"].weight.item() == 2.0
+
+
+def test_squared_error_codebook_and_commitment_are_vq_vaes() -> None:
+    # van den Oord et al. 2017, equation 3, in MoVQGAN's form: the weight on the codebook's term.
+    generator = torch.Generator().manual_seed(0)
+    quantize = Quantizer(7, 4)
+    latents = torch.randn(2, 4, 1, 3, 5, generator=generator).requires_grad_()
+    drawn, pixels = (torch.randn(2, 4, 3, 8, 8, generator=generator) for _ in range(2))
+    straight, codes, codebook_loss, commitment_loss = quantize.quantize(latents)
+    terms = vision_tokenizer_loss(TokenizerOutput(drawn, codebook_loss, commitment_loss, codes), pixels, 0.25, 1.0)
+    z = latents.detach().double().numpy().transpose(0, 2, 3, 4, 1).reshape(-1, 4)
+    e = quantize.embedding.weight.detach().double().numpy()
+    nearest = ((z[:, None] - e[None]) ** 2).sum(-1).argmin(1)
+    distance = float(((z - e[nearest]) ** 2).mean())
+    squared = float(((drawn.double() - pixels.double()) ** 2).mean())
+    assert terms["loss"].mean.item() == pytest.approx(squared + 0.25 * distance + distance, rel=1e-6)
+    to_latents, to_codes = torch.autograd.grad(terms["loss"].mean, [latents, quantize.embedding.weight])
+    flat = to_latents.movedim(1, -1).reshape(-1, 4).double().numpy()
+    np.testing.assert_allclose(flat, 2 * (z - e[nearest]) / z.size, rtol=1e-5, atol=1e-9)
+    pulled = np.zeros_like(e)
+    np.add.at(pulled, nearest, 0.25 * 2 * (e[nearest] - z) / z.size)
+    np.testing.assert_allclose(to_codes.double().numpy(), pulled, rtol=1e-5, atol=1e-9)
+    (through,) = torch.autograd.grad(straight.square().sum(), latents)
+    torch.testing.assert_close(through, 2 * straight.detach())  # gradients pass the codebook as if it were not there
+
+
+def test_hinge_losses_are_those_of_the_papers() -> None:
+    # Lim and Ye 2017; Miyato et al. 2018, equations 16 and 17, halved as in VQGAN.
+    generator = torch.Generator().manual_seed(0)
+    real, drawn = (2 * torch.randn(3, 1, 5, 4, generator=generator) for _ in range(2))
+    of_real = [min(0.0, -1.0 + value) for value in real.flatten().double().tolist()]
+    of_drawn = [min(0.0, -1.0 - value) for value in drawn.flatten().double().tolist()]
+    assert 0 < of_real.count(0.0) < 60  # both sides of the hinge
+    expected = -0.5 * (math.fsum(of_real) / 60 + math.fsum(of_drawn) / 60)
+    assert hinge_discriminator_loss(real, drawn).item() == pytest.approx(expected, rel=1e-6)
+    assert hinge_generator_loss(drawn).item() == pytest.approx(-math.fsum(drawn.flatten().tolist()) / 60, rel=1e-5)
+
+
+def test_psnr_is_that_of_a_picture_on_its_own_scale() -> None:
+    metrics = pytest.importorskip("skimage.metrics")
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(2, 4, 3, 8, 8, generator=generator) * 2 - 1
+    drawn = pixels + torch.tensor([0.1, 0.5]).view(2, 1, 1, 1, 1) * torch.randn(pixels.shape, generator=generator)
+    found = psnr(drawn, pixels)
+    for clip in range(2):
+        pair = pixels[clip].numpy(), drawn[clip].clamp(-1, 1).numpy()
+        assert found[clip].item() == pytest.approx(metrics.peak_signal_noise_ratio(*pair, data_range=2.0), rel=1e-5)
+    assert math.isfinite(psnr(pixels, pixels).max().item())
+
+
+def test_codes_in_use_are_those_chosen_at_least_once() -> None:
+    assert codes_used(torch.tensor([3, 0, 1, 0, 0])).item() == pytest.approx(0.4)

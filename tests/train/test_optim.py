@@ -7,7 +7,7 @@ from torch import nn
 
 from model.transformer import TRANSFORMER_SIZES, Transformer, TransformerConfig
 from schemas.errors import ConfigError
-from train.optim import OptimConfig, build_optimizers, learning_rate, set_learning_rate
+from train.optim import NetworkUpdate, OptimConfig, build_optimizers, learning_rate, set_learning_rate
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
@@ -97,3 +97,23 @@ def test_muon_without_a_stack_of_layers_is_refused() -> None:
 def test_a_later_option_leaves_old_recipes_their_ids() -> None:
     assert "matrices" not in OptimConfig().model_dump()
     assert OptimConfig(matrices="muon").model_dump()["matrices"] == "muon"
+
+
+def test_a_constant_rate_warms_up_and_stays() -> None:
+    config = OptimConfig(learning_rate=0.1, warmup_steps=2, schedule="constant")
+    assert [learning_rate(config, step, 5) for step in range(5)] == [0.05, 0.1, 0.1, 0.1, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"max_grad_norm": 1.0}, [0.6, 0.8]),  # one factor for the whole
+        ({"max_grad_norm": 1.0, "max_grad_value": 3.5}, [3.0, 3.5]),  # each number by itself
+        ({"max_grad_norm": 50.0}, [3.0, 4.0]),
+    ],
+)
+def test_gradients_are_cut_by_norm_or_by_value(limits: dict[str, float], expected: list[float]) -> None:
+    network = nn.Linear(2, 1, bias=False)
+    network.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert NetworkUpdate(network, OptimConfig.model_validate(limits)).clip() == pytest.approx(5.0)
+    assert network.weight.grad.flatten().tolist() == pytest.approx(expected, rel=1e-5)

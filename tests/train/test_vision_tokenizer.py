@@ -5,11 +5,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from model.vision_tokenizer.lpips import load_lpips
 from model.vision_tokenizer.pixels import pixels_from_rgb
 from model.vision_tokenizer.tokenizer import VisionTokenizer
+from model.weights import digest, load_vision_tokenizer
 from schemas.errors import ConfigError
-from tests.train.small_data import ALONE, frame_data, tokenizer_config
+from tests.model.vision_tokenizer.test_lpips import config as lpips_files
+from tests.train.small_data import ALONE, DISCRIMINATOR, frame_data, tokenizer_config
 from train.batches import FrameFile
+from train.launch import training_identity
 from train.vision_tokenizer import CODE_USES, TokenizerObjective, train_vision_tokenizer
 
 
@@ -108,3 +112,63 @@ def test_free_steps_pass_latents_and_place_the_codebook_at_their_end(tmp_path: P
 def test_more_free_steps_than_steps_are_refused() -> None:
     with pytest.raises(ValidationError, match="free_steps 8"):
         tokenizer_config(free_steps=8, steps=8)
+
+
+def test_the_perceptual_term_is_lpips_of_the_frames_by_its_weight(tmp_path: Path) -> None:
+    data, lpips = frame_data(tmp_path, size_px=64), lpips_files(tmp_path, "alex")
+    plain = TokenizerObjective(tokenizer_config(crop_px=None), data)
+    judged = TokenizerObjective(tokenizer_config(crop_px=None, lpips=lpips, lpips_weight=0.7), data)
+    model, state = _started(plain)
+    with_term = judged.loss(model, np.arange(2), 0, ALONE, state)
+    without = plain.loss(model, np.arange(2), 0, ALONE, state)
+    pixels = pixels_from_rgb(FrameFile(data.path).read(np.arange(2)))
+    drawn = model(pixels).reconstruction_BTCHW.detach()
+    expected = load_lpips(lpips)(drawn.flatten(0, 1), pixels.flatten(0, 1)).mean().item()
+    assert float(with_term["perceptual"].mean) == pytest.approx(expected, rel=1e-4)
+    more = float((with_term["loss"].mean - without["loss"].mean).detach())
+    assert more == pytest.approx(0.7 * expected, rel=1e-3)
+    assert "perceptual" not in without
+    with_term["loss"].total.backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+
+
+def test_a_training_is_known_by_what_is_in_its_files(tmp_path: Path) -> None:
+    def hashed(folder: Path, **changes: torch.Tensor) -> str:
+        folder.mkdir()
+        config = tokenizer_config(lpips=lpips_files(folder, "alex", "safetensors", **changes))
+        return training_identity("vision_tokenizer", config.by_content(), "data", "sha").config_hash
+
+    first = hashed(tmp_path / "here")
+    assert hashed(tmp_path / "there") == first
+    assert hashed(tmp_path / "other", **{"lin0.model.1.weight": torch.zeros(1, 64, 1, 1)}) != first
+    assert training_identity("vision_tokenizer", tokenizer_config(), "data", "sha").config_hash != first
+
+
+def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+    assert set(tokenizer_config().left_out()) == {"perceptual", "adversarial"}
+    everything = tokenizer_config(lpips=lpips_files(tmp_path, "alex"), adversarial=DISCRIMINATOR)
+    assert everything.left_out() == {}
+
+
+def test_options_at_their_defaults_leave_the_identity_as_it_was() -> None:
+    dumped = tokenizer_config().model_dump(mode="json")
+    assert not dumped.keys() & {"lpips", "lpips_weight", "adversarial", "ema_decay"}
+    assert not dumped["optim"].keys() & {"max_grad_value", "schedule"}
+
+
+def test_the_discriminator_is_not_exported(tmp_path: Path) -> None:
+    objective = TokenizerObjective(tokenizer_config(adversarial=DISCRIMINATOR), frame_data(tmp_path))
+    model = objective.build_model(ALONE)
+    objective.export(model.eval(), tmp_path / "weights")
+    (tokenizer, _), _ = objective.networks(model)
+    assert digest(load_vision_tokenizer(tmp_path / "weights")) == digest(tokenizer)
+
+
+def test_figures_out_of_training_leave_the_counts_alone(tmp_path: Path) -> None:
+    objective = TokenizerObjective(tokenizer_config(), frame_data(tmp_path))
+    model, state = _started(objective)
+    trained = objective.loss(model, np.arange(4), 0, ALONE, state)
+    counted = state[CODE_USES].clone()
+    assert float(trained["codes_used"].mean) == pytest.approx(int((counted > 0).sum()) / 8)
+    objective.loss(model.eval(), np.arange(2), 0, ALONE, state)
+    assert torch.equal(state[CODE_USES], counted)
