@@ -1,6 +1,6 @@
-"""What training costs: memory of a step beside transformers' Emu3, and the plan of the sequences.
+"""What training costs beside transformers' Emu3: memory and time of a step; the plan of the sequences, and their loader.
 
-Usage: python benchmarks/training.py [memory | plan]
+Usage: python benchmarks/training.py [memory | plan | loader | throughput]
 
 `memory`: forward and backward of 5,120 tokens at the published vocabulary of 184,622 ids, in float32, each in a process
 of its own: the most memory it had, less what it had before the step. transformers gets the same weights' shapes, the tokens
@@ -8,26 +8,44 @@ and labels; ours the same tokens, by each way to work out the head's loss.
 
 `plan`: ten million documents, 30 % of them images of about 64 x 64 codes in seven shapes and the others texts, into rows of
 5,120 tokens; and 300,000 clips of up to 30,000 tokens with as many texts, into rows of 131,072.
+
+`loader`: batches of eight rows of 5,120 tokens, drawn at random from a file, laid out with labels, weights and positions.
+
+`throughput`: steps of a model of 200 million weights, vocabulary 184,622 and hidden size 512, in float32: our loop on packed
+rows, transformers' Trainer on the same rows (without their documents apart), and on the documents as batches padded to the
+longest. In turns, each in a process of its own; tokens are those of documents, padding is none. Optimizer, clipping and
+logging included.
 """
 
 import argparse
+import json
 import resource
+import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 
 from model.published import transformer_values
+from model.text_tokenizer import TinyBpe
 from model.transformer import Transformer, TransformerConfig
-from pipeline.pack_sequences import plan_rows
+from pipeline.pack_sequences import PackedDocument, pack, plan_rows
+from schemas.document import TokenWeights
 from schemas.vocabulary import EMU3
+from train.batches import SequenceData, SequenceFile, batch_indices, token_batch, write_sequence_file
 from train.head_loss import HeadLossConfig
+from train.launch import training_identity
+from train.loop import run_loop
 from train.losses import next_token_loss
+from train.pretrain import PretrainConfig, PretrainObjective
 
 LENGTH = 5120
+ROW, STEPS, ROUNDS = 2048, 5, 3
 KIB = 1024.0
 
 
@@ -121,6 +139,125 @@ def plan() -> None:
         print(f"  {fill:.2%} full, {split:,} texts split, no picture")
 
 
+def documents(seed: int, num_rows: int) -> list[list[np.ndarray]]:
+    """Rows of images of 24 x 24 codes and of texts, packed."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for index in range(8 * num_rows):
+        length = 640 if index % 2 else int(np.clip(rng.lognormal(5.3, 0.7), 20, 900))
+        made.append(
+            PackedDocument("image" if index % 2 else "text", f"{index:05d}", rng.integers(0, EMU3.num_text, length))
+        )
+    rows = pack(made, ROW, seed, split_texts=True)
+    return [[document.tokens.astype(np.uint32) for document in row.documents] for row in rows[:num_rows]]
+
+
+def sequences(folder: Path, rows: list[list[np.ndarray]], context_len: int) -> SequenceData:
+    """Rows of documents as what a training reads."""
+    segments = []
+    for row in rows:
+        ends = np.cumsum([len(tokens) for tokens in row]).tolist()
+        segments.append(
+            [
+                {"kind": "text", "item_id": f"{end}", "offset": end - len(tokens), "length": len(tokens)}
+                for end, tokens in zip(ends, row, strict=True)
+            ]
+        )
+    path = folder / "rows.arrow"
+    write_sequence_file(path, [np.concatenate(row) for row in rows], segments)
+    return SequenceData(path, "bench", "bench", EMU3, TinyBpe.train(["a"], 256), context_len)
+
+
+def loader() -> None:
+    """Print how many tokens a second are ready for the network."""
+    rng = np.random.default_rng(0)
+    rows = [[rng.integers(0, EMU3.size, LENGTH // 4).astype(np.uint32) for _ in range(4)] for _ in range(512)]
+    with tempfile.TemporaryDirectory() as name:
+        data = sequences(Path(name), rows, LENGTH)
+        file = SequenceFile(data.path)
+        best = 0.0
+        for _ in range(5):
+            began = time.perf_counter()
+            for step in range(64):
+                token_batch(file, batch_indices(0, step, 8, len(rows)), data, TokenWeights())
+            best = max(best, 64 * 8 * LENGTH / (time.perf_counter() - began))
+    print(f"{best / 1e6:.0f} million tokens a second, best of five rounds of 64 batches")
+
+
+def speed_of_ours(steps: int) -> float:
+    """Tokens of documents a second, of our loop."""
+    with tempfile.TemporaryDirectory() as name:
+        data = sequences(Path(name), documents(0, steps), ROW)
+        model = config_of(512).model_dump(exclude={"vocab_size", "max_position_embeddings"})
+        execution = {"log_every": 1, "num_threads": 2, "loggers": ()}
+        config = PretrainConfig.model_validate(
+            {"size": "tiny", "model": model, "steps": steps, "batch_size": 1, "execution": execution}
+        )
+        objective = PretrainObjective(config, data)
+        run_loop(objective, training_identity("bench", config, "bench", "bench"), Path(name) / "run")
+        lines = [json.loads(line) for line in (Path(name) / "run" / "progress.jsonl").read_text().splitlines()]
+    return median([line["speed"]["tokens_per_s"] for line in lines[1:]])
+
+
+def speed_of_transformers(steps: int, is_packed: bool) -> float:
+    """Tokens of documents a second, of transformers' Trainer, on packed rows or padded documents."""
+    from transformers import Emu3ForCausalLM, Emu3TextConfig, Trainer, TrainerCallback, TrainingArguments
+
+    rows = documents(0, steps)
+    batches = [[np.concatenate(row)] if is_packed else row for row in rows]
+    flat = [tokens for batch in batches for tokens in batch]
+    size = max(len(batch) for batch in batches)
+    counts = [sum(len(tokens) for tokens in flat[start : start + size]) for start in range(0, len(flat), size)]
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            times.append(-time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            times[-1] += time.perf_counter()
+
+    def collate(examples: list[Any]) -> dict[str, torch.Tensor]:
+        longest = max(len(one) for one in examples)
+        ids = torch.full((len(examples), longest), EMU3.pad)
+        for row, one in enumerate(examples):
+            ids[row, : len(one)] = torch.from_numpy(one.astype(np.int64))
+        mask = torch.arange(longest) < torch.tensor([len(one) for one in examples])[:, None]
+        return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.where(mask, -100)}
+
+    values = transformer_values(config_of(512), pad=EMU3.pad, bos=EMU3.bos, eos=EMU3.eos)
+    network: Any = Emu3ForCausalLM(Emu3TextConfig.from_dict({**values, "use_cache": False}))
+    torch.set_num_threads(2)
+    with tempfile.TemporaryDirectory() as name:
+        options = TrainingArguments(
+            name, max_steps=len(counts), per_device_train_batch_size=size, use_cpu=True, report_to=[], save_strategy="no",
+            logging_strategy="no", learning_rate=5e-5, max_grad_norm=5.0, optim="adamw_torch_fused", disable_tqdm=True,
+            remove_unused_columns=False,
+        )  # fmt: skip
+
+        class InOrder(Trainer):
+            def _get_train_sampler(self, *_: Any) -> Any:
+                return torch.utils.data.SequentialSampler(flat)
+
+        InOrder(network, options, data_collator=collate, train_dataset=flat, callbacks=[Clock()]).train()  # type: ignore[arg-type]
+    return median([count / taken for count, taken in zip(counts[1:], times[1:], strict=True)])
+
+
+def throughput() -> None:
+    """Print tokens a second, and ratios of the same round."""
+    ways: dict[str, tuple[Callable[..., float], tuple[Any, ...]]] = {
+        "here, packed": (speed_of_ours, (STEPS,)),
+        "transformers, packed": (speed_of_transformers, (STEPS, True)),
+        "transformers, padded": (speed_of_transformers, (STEPS, False)),
+    }
+    rounds = [{name: alone(function, *given) for name, (function, given) in ways.items()} for _ in range(ROUNDS)]
+    for name in ways:
+        print(f"{name}: {median([found[name] for found in rounds]):.0f} tokens/s")
+    for name in [*ways][1:]:
+        ratios = sorted(found["here, packed"] / found[name] for found in rounds)
+        print(f"here beside {name}: {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f} in {ROUNDS} rounds)")
+
+
 def rss_mib() -> float:
     """Memory of this process now."""
     with open("/proc/self/statm") as file:
@@ -140,9 +277,9 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["memory", "plan"], help="one of them alone")
+    parts = {"memory": memory, "plan": plan, "loader": loader, "throughput": throughput}
+    parser.add_argument("what", nargs="?", choices=[*parts], help="one of them alone")
     what = parser.parse_args().what
-    if what != "plan":
-        memory()
-    if what != "memory":
-        plan()
+    for name, measure in parts.items():
+        if what in (None, name):
+            measure()

@@ -216,7 +216,10 @@ def train(
         typer.Option("--from", help="Language model to begin with: a checkpoint id or its beginning, or a folder."),
     ] = None,
     held_out: Annotated[
-        str | None, typer.Option("--held-out", help="Sequence set to evaluate on, packed --like the one to learn from.")
+        str | None,
+        typer.Option(
+            "--held-out", help="Set to evaluate on: of clips, or of sequences packed --like those to learn from."
+        ),
     ] = None,
     overrides: SetOption = None,
     lake: LakeOption = "./lake",

@@ -121,8 +121,8 @@ def train(
     """Train on a named set, resuming what was begun; a finished training is found, not repeated.
 
     `start` names weights to begin with, of a language model: a checkpoint's id, the beginning of one, `latest`, or a folder
-    with published ones. `latest` is another one once this training is finished. `held_out` names a sequence
-    set that it is evaluated on and never learns from.
+    with published ones. `latest` is another one once this training is finished. `held_out` names a set of
+    the same kind as the data, that it is evaluated on and never learns from.
 
     Raises: ConfigError if recipe, data, start and held-out data do not fit one another.
     """
@@ -130,30 +130,49 @@ def train(
         return _pretrain(lake, recipe, data_name, start, held_out)
     if recipe.objective == "dpo":
         return _train_preferences(lake, recipe, data_name, start, held_out)
-    if start is not None or held_out is not None:
-        found = "weights to begin with" if start is not None else "held-out data"
-        raise ConfigError(f"found {found} and the objective {recipe.objective!r}: only language models take them so")
+    if start is not None:
+        raise ConfigError(
+            f"found weights to begin with and the objective {recipe.objective!r}: only language models take them so"
+        )
     if recipe.objective == "vision_tokenizer":
-        return _train_vision_tokenizer(lake, recipe, data_name)
+        return _train_vision_tokenizer(lake, recipe, data_name, held_out)
+    if held_out is not None:
+        raise ConfigError(f"found held-out data and the objective {recipe.objective!r}, which is not evaluated on any")
     return _train_captioner(lake, recipe, data_name)
 
 
-def _train_vision_tokenizer(lake: Lake, recipe: TrainRecipe, set_name: str) -> TrainReport:
+def _train_vision_tokenizer(lake: Lake, recipe: TrainRecipe, set_name: str, held_out: str | None) -> TrainReport:
     assert recipe.frames is not None
     assert recipe.vision_tokenizer is not None
     config, chunks = recipe.vision_tokenizer, recipe.frames
     curated, left_out = set_row(lake, set_name), config.left_out()
+    kept = set_row(lake, held_out) if held_out is not None else None
+    if held_out is not None:
+        _check_apart(lake, set_name, held_out)
 
     def start(training_id: str, advance: Advance, run_id: str) -> TrainingResult:
         for term, reason in left_out.items():
             print(f"train vision_tokenizer: without the {term} term, {reason}", file=sys.stderr, flush=True)
         data = _frame_data(lake, set_name, curated, chunks, run_id, advance)
-        return train_vision_tokenizer(config, data, _storage(lake, training_id), on_progress=_advance(advance))
+        seen = _frame_data(lake, held_out, kept, chunks, run_id, advance) if held_out and kept else None
+        storage = _storage(lake, training_id)
+        return train_vision_tokenizer(config, data, storage, held_out=seen, on_progress=_advance(advance))
 
     shape = chunks.model_dump(include={"side_px", "fps", "chunks_per_clip"}, mode="json")
     options = [config.by_content().model_dump(mode="json", exclude={"execution"}), shape]
     said = {"left_out": left_out} if left_out else {}
     return _run(lake, recipe, options, curated["curated_id"], curated["content_sha256"], start, said=said)
+
+
+def _check_apart(lake: Lake, set_name: str, held_out: str) -> None:
+    """Raises: ConfigError if two curated sets share clips."""
+    shared = {item["clip_id"] for item in clip_items(lake, set_name).to_pylist()}
+    shared &= {item["clip_id"] for item in clip_items(lake, held_out).to_pylist()}
+    if shared:
+        raise ConfigError(
+            f"found {len(shared)} clips in both {set_name!r} and the held-out {held_out!r}, such as {min(shared)}: hold "
+            "out others"
+        )
 
 
 def _train_captioner(lake: Lake, recipe: TrainRecipe, set_name: str) -> TrainReport:

@@ -327,7 +327,7 @@ def open_sequences(path: Path) -> SequenceFile:
     return SequenceFile(path)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def open_frames(path: Path) -> FrameFile:
     """A path -> its frame file, opened once per process."""
     return FrameFile(path)

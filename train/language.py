@@ -35,8 +35,6 @@ class LanguageExecutionConfig(ExecutionConfig):
     rows_at_once: int | None = later_option(None, ge=1)
     """Rows that go through the network together on a worker, whose memory it sets; gradients are added. None: all of them."""
     layout: LayoutConfig = later_option(LayoutConfig())
-    held_out_rows: int = later_option(64, ge=1)
-    """Rows of the held-out data that an evaluation reads at most, the first ones."""
 
     @model_validator(mode="after")
     def _check_head(self) -> Self:

@@ -53,6 +53,8 @@ class ExecutionConfig(Config):
     log_every: int = Field(default=10, ge=1)
     evaluate_every: int | None = later_option(None, ge=1)
     """Steps between evaluations on held-out data, if there is some; None: after the last step alone."""
+    held_out_rows: int = later_option(64, ge=1)
+    """Rows of the held-out data that an evaluation reads at most, the first ones."""
     loggers: tuple[str, ...] = later_option(("tensorboard",))
     """Where figures go besides the progress file: `tensorboard`, or `module:function` (train.loggers)."""
     peak_tflops: float | None = later_option(None, gt=0)

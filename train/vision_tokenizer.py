@@ -28,7 +28,7 @@ from train.batches import FRAMES_PER_CHUNK, FrameData, FrameFile, Frames, Rows, 
 from train.ema import average_name, averaged_tensors, load_average, update_average
 from train.launch import run_training, training_identity
 from train.loop import TrainingConfig
-from train.losses import Term, clip_mean, codes_used, vision_tokenizer_loss
+from train.losses import Term, clip_mean, codes_used, sum_of, vision_tokenizer_loss
 from train.mesh import Mesh
 from train.meter import Work
 from train.optim import OptimConfig
@@ -109,6 +109,7 @@ class TokenizerObjective:
 
     config: TokenizerTrainingConfig
     data: FrameData
+    held_out: FrameData | None = None
 
     def num_rows(self) -> int:
         """Chunks of the data."""
@@ -243,8 +244,23 @@ class TokenizerObjective:
         copy_from_first(model.quantize.embedding.weight.data)
 
     def evaluate(self, model: nn.Module, mesh: Mesh) -> dict[str, Term]:
-        """Nothing is held out."""
-        return {}
+        """Reconstruction of the held-out chunks, whole ones: `loss`, `pixels`, `commitment`, `psnr` in dB, and `codes_used`,
+        the share of the codebook that they are told with. Every worker works out all of it.
+        """
+        if self.held_out is None:
+            return {}
+        tokenizer, file = tokenizer_of(model), open_frames(self.held_out.path)
+        found: list[dict[str, Term]] = []
+        uses_K = torch.zeros(tokenizer.config.codebook_size, dtype=torch.int64)
+        rows = np.arange(min(len(file), self.config.execution.held_out_rows))
+        for start in range(0, len(rows), self.config.batch_size):
+            pixels_BTCHW = pixels_from_rgb(file.read(rows[start : start + self.config.batch_size])).to(mesh.device)
+            output = tokenizer(pixels_BTCHW)
+            uses_K += torch.bincount(output.codes_BThw.flatten().cpu(), minlength=len(uses_K))
+            weights = self.config.codebook_weight, self.config.commitment_weight
+            found.append(vision_tokenizer_loss(output, pixels_BTCHW, *weights))
+        used = Term(codes_used(uses_K).to(mesh.device), torch.ones((), device=mesh.device))
+        return {name: sum_of([terms[name] for terms in found]) for name in found[0]} | {"codes_used": used}
 
     def work(self, rows: Rows) -> Work:
         """Frames."""
@@ -295,13 +311,18 @@ def _file_id(file: str) -> str:
 
 
 def train_vision_tokenizer(
-    config: TokenizerTrainingConfig, data: FrameData, storage: Path, *, on_progress: OnProgress | None = None
+    config: TokenizerTrainingConfig,
+    data: FrameData,
+    storage: Path,
+    *,
+    held_out: FrameData | None = None,
+    on_progress: OnProgress | None = None,
 ) -> TrainingResult:
     """Chunks of frames -> a trained vision tokenizer in `storage`; at once if `storage` already holds it finished.
 
     Raises: ConfigError if options, data, folder or cluster do not fit one another.
     """
-    objective = TokenizerObjective(config.model_copy(update={"lpips": config.lpips.absolute()}), data)
+    objective = TokenizerObjective(config.model_copy(update={"lpips": config.lpips.absolute()}), data, held_out)
     architecture = config.tokenizer_config()
     if architecture.temporal_downsample_factor != FRAMES_PER_CHUNK:
         raise ConfigError(

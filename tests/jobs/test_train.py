@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from jobs import train as module
@@ -82,7 +83,7 @@ def test_a_tokenizer_training_says_which_terms_it_is_without(
     monkeypatch.setattr(module, "ensure_ray", lambda: None)
     monkeypatch.setattr(module, "_frame_data", lambda *given: None)
     done = TrainingResult(tmp_path, "0" * 16, 8, [], 0)
-    monkeypatch.setattr(module, "train_vision_tokenizer", lambda *given, on_progress: done)
+    monkeypatch.setattr(module, "train_vision_tokenizer", lambda *given, held_out, on_progress: done)
     config = tokenizer_config(adversarial=DISCRIMINATOR)
     recipe = TrainRecipe(objective="vision_tokenizer", frames=ChunkConfig(), vision_tokenizer=config)
     train(lake, recipe, "set")
@@ -118,3 +119,12 @@ def test_held_out_codes_of_another_vision_tokenizer_are_refused(lake: Lake, begu
     with pytest.raises(ConfigError, match="found the held-out sequences 'other' in codes of the vision tokenizer tik"):
         train(lake, RECIPE, "mine", held_out="other")
     assert not begun
+
+
+def test_clips_that_are_learnt_from_are_not_held_out(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = {"all": ["a", "b"], "held": ["b"]}
+    monkeypatch.setattr(module, "set_row", lambda lake, name: {"curated_id": name, "content_sha256": name})
+    monkeypatch.setattr(module, "clip_items", lambda lake, name: pa.table({"clip_id": sets[name]}))
+    recipe = TrainRecipe(objective="vision_tokenizer", frames=ChunkConfig(), vision_tokenizer=tokenizer_config())
+    with pytest.raises(ConfigError, match="found 1 clips in both 'all' and the held-out 'held', such as b"):
+        train(lake, recipe, "all", held_out="held")

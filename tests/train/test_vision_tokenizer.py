@@ -14,6 +14,8 @@ from tests.model.vision_tokenizer.test_lpips import config as lpips_files
 from tests.train.small_data import ALONE, DISCRIMINATOR, frame_data, tokenizer_config
 from train.batches import FrameFile
 from train.launch import training_identity
+from train.loop import run_loop
+from train.progress import read_losses
 from train.vision_tokenizer import CODE_USES, TokenizerObjective, train_vision_tokenizer
 
 
@@ -172,3 +174,26 @@ def test_figures_out_of_training_leave_the_counts_alone(tmp_path: Path) -> None:
     assert float(trained["codes_used"].mean) == pytest.approx(int((counted > 0).sum()) / 8)
     objective.loss(model.eval(), np.arange(2), 0, ALONE, state)
     assert torch.equal(state[CODE_USES], counted)
+
+
+def test_what_is_held_out_is_reconstructed_and_not_learnt(tmp_path: Path) -> None:
+    (tmp_path / "held").mkdir()
+    data, held_out = frame_data(tmp_path), frame_data(tmp_path / "held", num_chunks=5)
+    config = tokenizer_config(execution={"evaluate_every": 4, "held_out_rows": 3})
+    weights = {}
+    for name, kept in (("with", held_out), ("without", None)):
+        objective = TokenizerObjective(config, data, kept)
+        run_loop(objective, training_identity("test", config, "data", "sha"), tmp_path / name)
+        weights[name] = digest(tmp_path / name / "weights")
+    torch.use_deterministic_algorithms(False)
+    assert weights["with"] == weights["without"]
+    lines = read_losses(tmp_path / "with" / "progress.jsonl")
+    assert [line["step"] for line in lines if "held_out_psnr" in line] == [4, 8]
+    tokenizer = load_vision_tokenizer(tmp_path / "with" / "weights")
+    pixels = pixels_from_rgb(FrameFile(held_out.path).read(np.arange(3)))
+    with torch.no_grad():
+        output = tokenizer(pixels)
+    errors = (output.reconstruction_BTCHW.clamp(-1, 1) - pixels).square().flatten(1).mean(1)
+    assert lines[-1]["held_out_psnr"] == pytest.approx(float((10 * torch.log10(4 / errors)).mean()), rel=1e-4)
+    used = len(output.codes_BThw.unique()) / tokenizer.config.codebook_size
+    assert lines[-1]["held_out_codes_used"] == pytest.approx(used)
