@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +38,7 @@ from schemas.vocabulary import Vocabulary
 from train.batches import write_sequence_file
 
 TextTokenizer = TinyBpe | Emu3TextTokenizer
+OTHER_SOURCES = ("texts", "conversations")
 
 
 class TextTokenizerRecipe(Config):
@@ -68,6 +69,9 @@ class PackRecipe(Config):
     captioner: str | None = later_option(None)
     """Whose captions: `provided`, an id or the beginning of one. None: of each clip those of whoever captioned most."""
     include_texts: bool = True
+    mixture: dict[str, Annotated[float, Field(ge=0)]] = later_option({})
+    """How often documents of a curated set are packed, or of all `texts` or `conversations`: 2 is twice, 0.25 a quarter of
+    them, and nothing said is once. A clip of several sets is packed as often as the set with the largest number says."""
     split_texts: bool = later_option(False)
     """Texts may be cut where a row ends, to fill what images and clips leave free; those stay whole."""
     seed: int = 0
@@ -169,7 +173,9 @@ def pack_sets(
     set_names = sorted(set(set_names))
     if recipe.captioner is not None:
         recipe = recipe.model_copy(update={"captioner": find_captioner(lake, recipe.captioner)})
-    clip_ids = sorted({clip for set_name in set_names for clip in read_set(lake, set_name)["clip_id"].to_pylist()})
+    sets = {set_name: read_set(lake, set_name)["clip_id"].to_pylist() for set_name in set_names}
+    _check_mixture(recipe, set_names)
+    clip_ids = sorted({clip_id for members in sets.values() for clip_id in members})
     tokenizer_id = _tokenizer(lake, clip_ids, tokenizer_id)
     clips, texts, captioned = _sources(lake, clip_ids, tokenizer_id, recipe)
     _check_codes(clips, recipe.num_codes)
@@ -204,7 +210,7 @@ def pack_sets(
     if conversations:
         inputs["conversations"] = [str(path.absolute()) for path in conversations]
     with recorded(lake, "pack", recipe, inputs) as run:
-        documents, too_long = _documents(sources, vocabulary, text, recipe)
+        documents, too_long = _documents(sources, vocabulary, text, recipe, _clip_weights(sets, recipe))
         if not documents:
             raise ConfigError(
                 f"nothing to pack: {len(clip_ids)} clips, {num_without} of them without caption or tokens"
@@ -450,22 +456,51 @@ def _check_codes(clips: Mapping[str, _Source], num_codes: int) -> None:
         )
 
 
+def _check_mixture(recipe: PackRecipe, set_names: Sequence[str]) -> None:
+    """Raises: ConfigError if it weighs what is not packed."""
+    unknown = sorted(set(recipe.mixture) - {*set_names, *OTHER_SOURCES})
+    if unknown:
+        raise ConfigError(
+            f"found mixture.{unknown[0]}, expected one of the packed sets {list(set_names)}, or {' or '.join(OTHER_SOURCES)}"
+        )
+
+
+def _clip_weights(sets: Mapping[str, Sequence[str]], recipe: PackRecipe) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for set_name, members in sets.items():
+        weight = recipe.mixture.get(set_name, 1.0)
+        weights |= {clip_id: max(weight, weights.get(clip_id, 0.0)) for clip_id in members}
+    return weights
+
+
+def _num_copies(source: _Source | _ChatSource, recipe: PackRecipe, clip_weights: Mapping[str, float]) -> int:
+    """How often a document is packed: its weight, the rest beyond a whole number by a draw of its own."""
+    other = {"text": "texts", "chat": "conversations"}.get(source.kind)
+    weight = recipe.mixture.get(other, 1.0) if other else clip_weights[source.item_id]
+    return int(weight) + (_draw(recipe, "mixture", source) < weight % 1.0)
+
+
 def _documents(
-    sources: Sequence[_Source | _ChatSource], vocabulary: Vocabulary, text: TextTokenizer, recipe: PackRecipe
+    sources: Sequence[_Source | _ChatSource],
+    vocabulary: Vocabulary,
+    text: TextTokenizer,
+    recipe: PackRecipe,
+    clip_weights: Mapping[str, float],
 ) -> tuple[list[PackedDocument], list[tuple[_Source | _ChatSource, int]]]:
     documents, too_long = [], []
     for source in sources:
-        document = _document(source, vocabulary, text, recipe)
-        is_whole = document.kind != "text" or not recipe.split_texts
-        if is_whole and len(document.tokens) > recipe.context_len:
-            too_long.append((source, len(document.tokens)))
-        else:
+        for copy in range(_num_copies(source, recipe, clip_weights)):
+            document = _document(source, vocabulary, text, recipe, copy)
+            is_whole = document.kind != "text" or not recipe.split_texts
+            if is_whole and len(document.tokens) > recipe.context_len:
+                too_long.append((source, len(document.tokens)))
+                break
             documents.append(document)
     return documents, too_long
 
 
 def _document(
-    source: _Source | _ChatSource, vocabulary: Vocabulary, text: TextTokenizer, recipe: PackRecipe
+    source: _Source | _ChatSource, vocabulary: Vocabulary, text: TextTokenizer, recipe: PackRecipe, copy: int
 ) -> PackedDocument:
     if isinstance(source, _ChatSource):
         blocks = [clip.block() for clip in source.clips]
@@ -474,17 +509,20 @@ def _document(
         return PackedDocument("chat", source.item_id, tokens, clip_ids=clip_ids, answers=tuple(answers))
     if source.kind == "text":
         return PackedDocument("text", source.item_id, write_document(TextDocument(source.text), vocabulary, text))
-    last = _draw(recipe, "understanding", source) < getattr(recipe.understanding, source.kind)
+    last = _draw(recipe, "understanding", source, copy) < getattr(recipe.understanding, source.kind)
     # Part of the prompts become empty so that the model learns the unconditional branch of guidance.
-    null = not last and _draw(recipe, "null_prompt", source) < recipe.null_prompt_ratio
+    null = not last and _draw(recipe, "null_prompt", source, copy) < recipe.null_prompt_ratio
     caption = "" if null else source.text
     tokens = write_document(VisionDocument(source.block(), caption, caption_last=last), vocabulary, text)
     return PackedDocument(source.kind, source.item_id, tokens, source.captioner_id if caption else None)
 
 
-def _draw(recipe: PackRecipe, what: str, source: _Source) -> float:
-    """A number from 0 to 1 that depends on the clip and the seed alone, so that more clips change nothing for the others."""
-    return int(short_hash([recipe.seed, what, source.item_id]), 16) / 16**16
+def _draw(recipe: PackRecipe, what: str, source: _Source | _ChatSource, copy: int = 0) -> float:
+    """A number from 0 to 1 that depends on the document, which copy of it and the seed alone, so that more documents change
+    nothing for the others.
+    """
+    parts = [recipe.seed, what, source.item_id]
+    return int(short_hash(parts if copy == 0 else [*parts, copy]), 16) / 16**16
 
 
 def _attempt(source: _Source | _ChatSource, length: int, seqset_id: str, recipe: PackRecipe) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,30 @@ def test_texts_may_be_split_and_are_then_never_too_long(lake: Lake) -> None:
     assert sum(item["item_id"] == "long" for item in segments) > 1
     assert sorted({item["item_id"] for item in segments}) == sorted([*expected(range(NUM)), "one", "long"])
     assert max(row["num_tokens"] for row in rows) <= 64
+
+
+def test_a_mixture_says_how_often_documents_are_packed(lake: Lake) -> None:
+    def counts(name: str, **mixture: float) -> Counter[str]:
+        report = pack_sets(lake, ["kept", "all"], PACK.model_copy(update={"mixture": mixture}), name, None)
+        rows = lake.read_where(SEQUENCES, "seqset_id", [report.seqset_id], ["segments"]).to_pylist()
+        return Counter(item["item_id"] for row in rows for item in row["segments"])
+
+    kept, every = set(expected(range(NUM))), set(read_set(lake, "all")["clip_id"].to_pylist())
+    assert kept < every
+    found = counts("some", kept=2.5, texts=0.0)
+    assert {found[one] for one in every - kept} == {1}
+    assert {found[one] for one in kept} == {2, 3}
+    assert "one" not in found
+    # What one document weighs is nothing to another.
+    more = counts("more", kept=2.5, all=0.0, texts=3.0)
+    assert {one: more[one] for one in kept} == {one: found[one] for one in kept}
+    assert more["one"] == 3
+    assert not set(more) & (every - kept)
+    assert "mixture" not in PACK.model_dump()
+    with pytest.raises(ConfigError, match=r"found mixture.keep, expected one of the packed sets \['all', 'kept'\]"):
+        counts("wrong", keep=1.0)
+    with pytest.raises(ConfigError, match="nothing to pack"):
+        counts("nothing", kept=0.0, all=0.0, texts=0.0)
 
 
 def test_a_later_set_is_written_in_the_ids_of_an_earlier_one(lake: Lake) -> None:
