@@ -26,7 +26,7 @@ from train.gpus import GIB, GPUS, gpu_named
 from train.head_loss import HeadLossConfig
 from train.loop import _train_step
 from train.mesh import LayoutConfig, Mesh, build_mesh
-from train.optim import build_optimizers
+from train.optim import NetworkUpdate
 from train.planner import (
     Workload,
     check_memory,
@@ -191,11 +191,11 @@ def _step_holds_as_planned(folder: Path, rank: int, num_workers: int, layouts: l
             config = pretrain_config(batch_size=12, model=STEP_MODEL, execution=execution)
             objective, mesh = PretrainObjective(config, data), build_mesh(config.execution.layout, torch.device("cpu"))
             model = objective.build_model(mesh).train()
-            optimizers = build_optimizers(model, config.optim)
-            _train_step(objective, model, optimizers, 0, rows, mesh, {})  # from then on there are moments
-            held = [value for optimizer in optimizers for kept in optimizer.state.values() for value in kept.values()]
+            update = NetworkUpdate(model, config.optim)
+            _train_step(objective, model, [update], 0, rows, mesh, {})  # from then on there are moments
+            held = [value for one in update.optimizers for kept in one.state.values() for value in kept.values()]
             with Storages(held) as storages:
-                _train_step(objective, model, optimizers, 1, rows, mesh, {})
+                _train_step(objective, model, [update], 1, rows, mesh, {})
             load = config.workload(data.vocabulary.size, data.context_len)
             planned = plan_memory(load).peak - row(load, "reserve")
             assert storages.most == pytest.approx(planned, rel=0.1), layout
