@@ -81,7 +81,8 @@ def test_the_vision_tokenizer_trains_on_the_cluster(cluster: None, tmp_path: Pat
     result = train_vision_tokenizer(tokenizer_config(steps=4), frame_data(tmp_path), tmp_path / "run")
     assert result.checkpoint_digest == digest(result.folder)
     assert [line["step"] for line in result.losses] == [2, 4]
-    assert set(result.losses[0]) == {"step", "loss", "pixels", "commitment", "grad_norm", "learning_rate"}
+    figures = {"loss", "pixels", "commitment", "psnr", "codes_used", "grad_norm", "learning_rate"}
+    assert set(result.losses[0]) == {"step", *figures}
 
 
 @pytest.mark.slow
