@@ -1,6 +1,6 @@
 """What training costs beside transformers' Emu3: memory and time of a step; the plan of the sequences, and their loader.
 
-Usage: python benchmarks/training.py [memory | plan | loader | throughput]
+Usage: python benchmarks/training.py [memory | plan | loader | throughput | stalls | gpu]
 
 `memory`: forward and backward of 5,120 tokens at the published vocabulary of 184,622 ids, in float32, each in a process
 of its own: the most memory it had, less what it had before the step. transformers gets the same weights' shapes, the tokens
@@ -15,6 +15,14 @@ and labels; ours the same tokens, by each way to work out the head's loss.
 rows, transformers' Trainer on the same rows (without their documents apart), and on the documents as batches padded to the
 longest. In turns, each in a process of its own; tokens are those of documents, padding is none. Optimizer, clipping and
 logging included.
+
+`stalls`: a training of 100 million weights under Ray, a checkpoint of 1.2 GB each 100 steps: the share of time in which steps
+wait for it, and how much slower steps are while it is written.
+
+`gpu`, on a CUDA GPU of 80 GB and only by name: four layers of the published width over the published vocabulary, in bfloat16
+with float32 weights and AdamW, rows of 5,120 and of 32,768 tokens: tokens a second, MFU (forward and backward without
+recomputation, attention by half of its square, of the 989 dense bfloat16 TFLOP/s of an H100) and peak memory; here, compiled,
+and by transformers under autocast with its own loss.
 """
 
 import argparse
@@ -30,23 +38,26 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from model.published import transformer_values
 from model.text_tokenizer import TinyBpe
-from model.transformer import Transformer, TransformerConfig
+from model.transformer import TRANSFORMER_SIZES, Transformer, TransformerConfig
 from pipeline.pack_sequences import PackedDocument, pack, plan_rows
 from schemas.document import TokenWeights
 from schemas.vocabulary import EMU3
 from train.batches import SequenceData, SequenceFile, batch_indices, token_batch, write_sequence_file
 from train.head_loss import HeadLossConfig
 from train.launch import training_identity
-from train.loop import run_loop
+from train.loop import return_freed_memory, run_loop
 from train.losses import next_token_loss
-from train.pretrain import PretrainConfig, PretrainObjective
+from train.meter import transformer_flops
+from train.pretrain import PretrainConfig, PretrainObjective, pretrain
 
 LENGTH = 5120
 ROW, STEPS, ROUNDS = 2048, 5, 3
 KIB = 1024.0
+PEAK_FLOPS = 989e12  # of an H100, dense, in bfloat16
 
 
 def config_of(hidden_size: int) -> TransformerConfig:
@@ -82,7 +93,8 @@ def step_of_transformers(hidden_size: int) -> float:
 
 
 def step_of_ours(hidden_size: int, how: HeadLossConfig) -> float:
-    """MiB that a step takes."""
+    """MiB that a step takes, in a process that is set up as the loop does it."""
+    return_freed_memory()
     model = Transformer(config_of(hidden_size)).train()
     tokens = batch()
     before = rss_mib()
@@ -98,7 +110,6 @@ def memory() -> None:
     """Print MiB of a step and how many times less than transformers'."""
     ways = {
         "here, chunked": HeadLossConfig(),
-        "here, chunked by 64": HeadLossConfig(chunk_tokens=64),
         "here, torch's linear_cross_entropy": HeadLossConfig(kind="torch"),
         "here, all logits at once": HeadLossConfig(kind="whole"),
     }
@@ -258,6 +269,106 @@ def throughput() -> None:
         print(f"here beside {name}: {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f} in {ROUNDS} rounds)")
 
 
+def stalls() -> None:
+    """Print what checkpoints cost."""
+    waited, slower = alone(run_with_checkpoints, 250, 100)
+    print(
+        f"waiting for checkpoints: {waited:.2%} of the time; the 20 steps beside their writing took {slower:.2f} times as long"
+    )
+
+
+def run_with_checkpoints(steps: int, every: int) -> tuple[float, float]:
+    """The share of time that steps waited for checkpoints, and the time of a step beside their writing by that of others."""
+    with tempfile.TemporaryDirectory() as name:
+        data = sequences(Path(name), [[row[0][:128]] for row in documents(0, 40)], 128)
+        model = config_of(256).model_dump(exclude={"vocab_size", "max_position_embeddings"})
+        execution = {"log_every": 1, "num_threads": 2, "loggers": (), "checkpoint_every": every}
+        values = {"size": "tiny", "model": model, "steps": steps, "batch_size": 1, "execution": execution}
+        pretrain(PretrainConfig.model_validate(values), data, Path(name) / "run")
+        lines = [json.loads(line) for line in (Path(name) / "run" / "progress.jsonl").read_text().splitlines()]
+    ends = np.array([line["seconds"] for line in lines])
+    took = dict(zip([line["step"] for line in lines[1:]], np.diff(ends), strict=True))
+    waits = {line["step"]: line["speed"].get("checkpoint_wait", 0.0) * took.get(line["step"], 0.0) for line in lines}
+    trained = {step: seconds - waits[step] for step, seconds in took.items()}
+    beside = [seconds for step, seconds in trained.items() if 0 < step % every <= 20 and step > every]
+    others = [seconds for step, seconds in trained.items() if step % every > 20 and step > every]
+    return sum(waits.values()) / sum(took.values()), median(beside) / median(others)
+
+
+def gpu() -> None:
+    """Print tokens a second, MFU and GiB of a slice of the published model."""
+    if not torch.cuda.is_available():
+        raise SystemExit("found no CUDA GPU here")
+    for length in (LENGTH, 32_768):
+        ways: dict[str, tuple[Callable[..., tuple[float, float]], tuple[Any, ...]]] = {
+            "here": (slice_of_ours, (length, "off")),
+            "here, float8": (slice_of_ours, (length, "tensorwise")),
+            "transformers": (slice_of_transformers, (length,)),
+        }
+        for name, (measure, given) in ways.items():
+            try:
+                tokens_per_s, gib = alone(measure, *given)
+            except torch.OutOfMemoryError as error:
+                print(f"{length} tokens, {name}: {str(error).splitlines()[0]}")
+                continue
+            flops = transformer_flops(slice_config(), np.array([length])) / length
+            print(
+                f"{length} tokens, {name}: {tokens_per_s:,.0f} tokens/s, MFU {tokens_per_s * flops / PEAK_FLOPS:.1%}, "
+                f"{gib:.1f} GiB at most"
+            )
+
+
+def slice_config() -> TransformerConfig:
+    """Four layers of the published model."""
+    return TRANSFORMER_SIZES["8b"].model_copy(
+        update={"num_layers": 4, "dropout": 0.0, "max_position_embeddings": 32_768}
+    )
+
+
+def slice_of_ours(length: int, float8: str) -> tuple[float, float]:
+    """Tokens a second and the most GiB, of our loop."""
+    with tempfile.TemporaryDirectory() as name:
+        rng = np.random.default_rng(0)
+        rows = [[rng.integers(0, EMU3.size, length).astype(np.uint32)] for _ in range(8)]
+        model = slice_config().model_dump(exclude={"vocab_size"})
+        recompute = "nothing" if length == LENGTH else "full"
+        layout = {"compute": "bfloat16", "float8": float8, "recompute": recompute, "compile": True}
+        execution = {
+            "log_every": 1, "use_gpu": True, "loggers": (), "layout": layout, "head_loss": {"chunk_tokens": 1024}
+        }  # fmt: skip
+        values = {"size": "8b", "model": model, "steps": 12, "batch_size": 1, "execution": execution}
+        data, config = sequences(Path(name), rows, length), PretrainConfig.model_validate(values)
+        dist.init_process_group(init_method=f"file://{name}/meet", rank=0, world_size=1)
+        identity = training_identity("bench", config, "bench", "bench")
+        run_loop(PretrainObjective(config, data), identity, Path(name) / "run")
+        dist.destroy_process_group()
+        lines = [json.loads(line) for line in (Path(name) / "run" / "progress.jsonl").read_text().splitlines()]
+    return median([line["speed"]["tokens_per_s"] for line in lines[4:]]), lines[-1]["speed"]["memory_mib"] / KIB
+
+
+def slice_of_transformers(length: int) -> tuple[float, float]:
+    """Tokens a second and the most GiB, of transformers' network with its own loss."""
+    from transformers import Emu3ForCausalLM, Emu3TextConfig
+
+    values = transformer_values(slice_config(), pad=EMU3.pad, bos=EMU3.bos, eos=EMU3.eos)
+    with torch.device("cuda"):
+        network: Any = Emu3ForCausalLM(Emu3TextConfig.from_dict({**values, "use_cache": False})).train()
+    if length != LENGTH:
+        network.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=5e-5, fused=True)
+    tokens, times = torch.randint(0, EMU3.size, (1, length), device="cuda"), []
+    for _ in range(12):
+        began = time.perf_counter()
+        with torch.autocast("cuda", torch.bfloat16):
+            network(tokens, labels=tokens).loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return length / median(times[4:]), torch.cuda.max_memory_allocated() / 2**30
+
+
 def rss_mib() -> float:
     """Memory of this process now."""
     with open("/proc/self/statm") as file:
@@ -277,9 +388,9 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"memory": memory, "plan": plan, "loader": loader, "throughput": throughput}
-    parser.add_argument("what", nargs="?", choices=[*parts], help="one of them alone")
+    parts = {"memory": memory, "plan": plan, "loader": loader, "throughput": throughput, "stalls": stalls}
+    parser.add_argument("what", nargs="?", choices=[*parts, "gpu"], help="one of them alone")
     what = parser.parse_args().what
-    for name, measure in parts.items():
-        if what in (None, name):
+    for name, measure in {**parts, "gpu": gpu}.items():
+        if what == name or (what is None and name in parts):
             measure()

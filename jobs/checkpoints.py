@@ -1,5 +1,6 @@
 """Checkpoints of the lake by name: an id, the beginning of one, or the latest of an objective; and what one has read."""
 
+from pathlib import Path
 from typing import Any
 
 from schemas.catalog import Lake
@@ -7,6 +8,7 @@ from schemas.checkpoints import CHECKPOINTS
 from schemas.errors import ConfigError
 from schemas.generations import PREFERENCE_SETS
 from schemas.sequences import SEQUENCE_SETS
+from schemas.vision_tokens import TOKENIZERS
 
 LANGUAGE_OBJECTIVES = ("pretrain", "dpo")
 
@@ -37,3 +39,9 @@ def language_data(lake: Lake, data_id: str) -> dict[str, Any] | None:
         if rows:
             return dict(rows[0])
     return None
+
+
+def tokenizer_folder(lake: Lake, tokenizer_id: str) -> Path | None:
+    """A `tokenizer_id` -> the folder of its vision tokenizer, None if that is not here."""
+    rows = lake.read_where(TOKENIZERS, "tokenizer_id", [tokenizer_id], ["uri"]).to_pylist()
+    return Path(rows[0]["uri"]) if rows else None

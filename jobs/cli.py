@@ -336,6 +336,25 @@ def ask(
 
 
 @app.command()
+def evaluate(
+    data: Annotated[str, typer.Argument(help="A sequence set, such as one that is held out.")],
+    checkpoint: Annotated[
+        str, typer.Option("--checkpoint", help="Checkpoint id, a beginning of one, or latest.")
+    ] = "latest",
+    rows: Annotated[int | None, typer.Option("--rows", min=1, help="The first rows alone; left out, all.")] = None,
+    at_once: Annotated[int, typer.Option("--rows-at-once", min=1, help="What memory holds.")] = 8,
+    lake: LakeOption = "./lake",
+    json: JsonOption = False,
+) -> None:
+    """The loss of a language model on a sequence set, by kind of token and place in the document, without training it."""
+    from jobs.evaluate import EvaluateRecipe
+    from jobs.evaluate import evaluate as run
+
+    report = run(_open(lake), checkpoint, data, EvaluateRecipe(rows=rows, rows_at_once=at_once))
+    _answer(report, json, "\n".join(f"{name:>10}  {value:.4f} nats a token" for name, value in report.figures.items()))
+
+
+@app.command()
 def prefer(
     name: Annotated[str, typer.Option("--name", help="Name of the preference set; given once.")],
     votes: Annotated[
@@ -346,6 +365,9 @@ def prefer(
     ] = None,
     checkpoint: Annotated[
         list[str] | None, typer.Option("--checkpoint", help="Whose generations to look at; left out, everybody's.")
+    ] = None,
+    generation: Annotated[
+        list[str] | None, typer.Option("--generation", help="Which generations to look at; left out, all of them.")
     ] = None,
     recipe: Annotated[str, typer.Option("--recipe", help="Prefer recipe: a shipped name or a TOML file.")] = "prefer",
     overrides: SetOption = None,
@@ -359,7 +381,8 @@ def prefer(
     from jobs.shipped import load_named
 
     how = load_named(PreferRecipe, recipe, overrides or ())
-    report = run(_open(lake), name, how, votes=votes or (), scorer=scorer, checkpoints=checkpoint or ())
+    whose = {"checkpoints": checkpoint or (), "generations": generation or ()}
+    report = run(_open(lake), name, how, votes=votes or (), scorer=scorer, **whose)
     made = "there already" if report.already_there else "made"
     text = f"{report.num_pairs} pairs of {report.num_generations} generations"
     left = (
@@ -371,20 +394,34 @@ def prefer(
 
 @app.command()
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="Language model checkpoint: id, a beginning of one, or latest.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Language model checkpoint: id, a beginning of one, or latest; or the id of a training that is not finished."
+        ),
+    ],
     folder: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
     form: Annotated[
-        str, typer.Option("--form", help="llama (for vLLM), transformers, or official.", case_sensitive=False)
+        str,
+        typer.Option(
+            "--form",
+            help="llama (for vLLM), transformers, official, adapter, or outback, for `train --from`.",
+            case_sensitive=False,
+        ),
     ] = "llama",
+    step: Annotated[
+        int | None, typer.Option("--step", min=1, help="Of a training; left out, the newest that is written.")
+    ] = None,
     lake: LakeOption = "./lake",
     json: JsonOption = False,
 ) -> None:
-    """Write a model as folders that vLLM, transformers or Emu3's own code load."""
+    """Write a model as folders that vLLM, transformers or Emu3's own code load, while it is trained or afterwards."""
     from jobs.export import export as run
     from jobs.export import form_named
 
-    report = run(_open(lake), checkpoint, folder, form_named(form))
-    _answer(report, json, f"export {report.checkpoint_id} as {report.form}: {', '.join(report.folders)}")
+    report = run(_open(lake), model, folder, form_named(form), step)
+    text = f"export {report.checkpoint_id} of step {report.step} as {report.form}: {', '.join(report.folders)}"
+    _answer(report, json, text)
 
 
 @app.command()
@@ -477,11 +514,14 @@ def demo(
     size: Annotated[
         str, typer.Option("--size", help="full, or smoke: the same road in two minutes, too short to draw well.")
     ] = "full",
+    full: Annotated[
+        bool, typer.Option("--full", help="Every other training after it, and what each of them brings; under an hour.")
+    ] = False,
 ) -> None:
     """Walk the whole road on a small corpus made on the spot, and write a report."""
     from jobs.demo import demo as run
 
-    run(folder, seed, size)
+    run(folder, seed, size, full=full)
 
 
 @app.command()

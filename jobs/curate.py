@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from jobs.run import Run, recorded
 from jobs.shipped import load_named
-from pipeline.rules import CurateRecipe, FunnelStep, Rule, explain, first_rejections, funnel, rules_of
+from pipeline.rules import SPLIT, CurateRecipe, FunnelStep, Rule, explain, first_rejections, funnel, rules_of, split_of
 from schemas.captions import CAPTION_SCORES
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
@@ -187,7 +187,7 @@ def leave_pandas_out() -> None:
 def _evaluate(lake: Lake, recipe: CurateRecipe) -> _Evaluation:
     rules = rules_of(recipe)
     clips = _read_clips(lake, recipe)
-    families = {rule.family.name: rule.family for rule in rules}
+    families = {rule.family.name: rule.family for rule in rules if rule.name != SPLIT}
     wanted = {name: tuple(sorted({r.column for r in rules if r.family.name == name})) for name in families}
     scores = {name: _read_scores(lake, recipe, table, wanted[name]) for name, table in families.items()}
     pins = {name.removeprefix("score_"): item.pinned[1] for name, item in scores.items()}
@@ -197,6 +197,8 @@ def _evaluate(lake: Lake, recipe: CurateRecipe) -> _Evaluation:
     joined = clips.rows.filter(pc.is_in(clips.rows["kind"], value_set=pa.array(recipe.kinds))).select(
         ["clip_id", "kind"]
     )
+    if recipe.split is not None:
+        joined = joined.append_column(SPLIT, split_of(joined["clip_id"]))
     missing = {}
     for name, item in scores.items():
         if item.rows["clip_id"].equals(joined["clip_id"]):  # every clip was scored: nothing to look up

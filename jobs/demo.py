@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,10 +16,12 @@ from jobs.ask import AskRecipe, ask
 from jobs.caption import caption
 from jobs.curate import curate, load_curate_recipe, print_curate
 from jobs.demo_corpus import CONVERSATIONS, CorpusConfig, load_truth, make_corpus
-from jobs.demo_report import DemoFigures, Road, measure, write_demo_report
+from jobs.demo_report import DemoFigures, Road, measure, stage_times, write_demo_report
 from jobs.demo_unseen import continuations, questions, unseen_clips
 from jobs.generate import Ask, GenerateRecipe, generate
 from jobs.ingest import IngestConfig, ingest, print_ingest
+from jobs.learning import learn
+from jobs.learning_report import milestones, write_learning_report
 from jobs.pack import PackRecipe, pack_sets
 from jobs.progress import progress
 from jobs.scan import scan
@@ -38,7 +41,6 @@ ALL = "all"
 RECIPE = "emu3"
 NUM_PROMPTS = 40
 NUM_VIDEOS = 8
-SECTIONS = {"demo_captioner": "captioner", "demo_tokenizer": "vision_tokenizer", "demo_pretrain": "pretrain"}
 FIRST_SEED = 1_000_000  # far from every seed that the corpus was drawn with
 
 
@@ -57,13 +59,15 @@ SIZES = {
                      num_unseen_clips=4, num_pans=1, num_zooms=1, num_cut_videos=1, num_fade_videos=1, pan_frames=60,
                      num_texts=12),
         {"demo_captioner": ("steps=20",), "demo_tokenizer": ("steps=20", "free_steps=5"),
-         "demo_pretrain": ("steps=20",)},
+         "demo_pretrain": ("steps=20",), "small_tokenizer": ("steps=20", "free_steps=5", "execution.evaluate_every=10"),
+         **{f"small_{name}": ("steps=10", "execution.evaluate_every=5")
+            for name in ("pretrain_1", "pretrain_2", "quality", "instruct_1", "instruct_2", "dpo")}},
     ),
 }  # fmt: skip
 
 
-def demo(folder: Path, seed: int, size: str) -> Path:
-    """Walk the road under `folder`; returns the path of the report.
+def demo(folder: Path, seed: int, size: str, *, full: bool = False) -> Path:
+    """Walk the road under `folder`, and with `full` the learning line after it; returns the path of the last report.
 
     Raises: ConfigError for an unknown size, or a folder that holds a demo of another seed or size.
     """
@@ -129,12 +133,27 @@ def demo(folder: Path, seed: int, size: str) -> Path:
     _print_figures(figures, len(drawn) + len(continued))
     print(f"done in {time.monotonic() - started:.0f} s: open {report}")
     print(f'next: OUTBACK_LAKE={lake.folder} outback sql "select kind, count(*) as clips from clips group by kind"')
+    return _learn(folder, lake, truth, size, started) if full else report
+
+
+def _learn(folder: Path, lake: Lake, truth: Path, size: str, started: float) -> Path:
+    """Walk the learning line; returns the path of its report."""
+    _say("learn", "every training of the published model, one after the other, on one set")
+    line = learn(lake, truth, SIZES[size].corpus, partial(_training, size=size))
+    found = milestones(line)
+    report = folder / "learning.html"
+    write_learning_report(report, line, found, list(stage_times(lake)))
+    for one in found:
+        before = f"{one.before} -> " if one.before else ""
+        print(f"{'ok  ' if one.is_reached else 'NOT '} {one.training}: {one.what}: {before}{one.after} ({one.goal})")
+    print(f"done in {time.monotonic() - started:.0f} s: open {report}")
     return report
 
 
 def _training(name: str, size: str) -> TrainRecipe:
     """A shipped training recipe with the changes of a size."""
-    return load_training_recipe(name, [f"{SECTIONS[name]}.{change}" for change in SIZES[size].overrides.get(name, ())])
+    section = load_training_recipe(name).objective
+    return load_training_recipe(name, [f"{section}.{change}" for change in SIZES[size].overrides.get(name, ())])
 
 
 def _asks() -> list[Ask]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,34 +13,37 @@ from jobs.ask import Reply
 from jobs.curate import explain_clips, load_curate_recipe, set_row
 from jobs.demo_corpus import SHAPE
 from jobs.demo_truth import Finding, ShownClip, check_truth, clip_places, shown_clips
-from jobs.demo_unseen import UnseenFigures, direction_drawn, num_given, replies_by_clip, score_unseen
-from jobs.generate import Generation, decode_codes
+from jobs.demo_unseen import UnseenFigures, direction_drawn, num_given, score_unseen
+from jobs.generate import Generation
 from jobs.lineage import Captioner, Data, Training, trace
 from jobs.report import (
     Accuracy,
-    Answer,
-    AnsweredClip,
     AttemptGroup,
     BalanceLine,
     CaptionedClip,
     ClipCard,
-    Curve,
     Fact,
     FunnelStep,
-    GeneratedImage,
     GeneratedVideo,
     Histogram,
     LineageNode,
-    LossChart,
     NamedShare,
-    PromptImages,
-    Reconstruction,
     ReportData,
     Room,
     StageTime,
     write_report,
 )
-from jobs.run import code_version, environment
+from jobs.report_pictures import (
+    answered_clips,
+    drawn_images,
+    frames_of,
+    loss_chart,
+    num_parsed,
+    reconstructions,
+    spread,
+    where_made,
+    wrong_first,
+)
 from jobs.shapes import (
     QUESTIONS,
     ShapeScore,
@@ -57,31 +60,23 @@ from jobs.shapes import (
     write_caption,
 )
 from jobs.train import TrainReport
-from model.weights import load_language_model, load_vision_tokenizer
 from pipeline.frame_chunks import contact_thumbnail
 from pipeline.read_frames import read_frames
 from pipeline.rules import Rule, rules_of
 from pipeline.sandbox import Sandbox
-from pipeline.tokenize_vision import Preparation, clip_frames
 from schemas.captions import CAPTIONERS, CAPTIONS
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
-from schemas.document import DocumentError, parse_document
 from schemas.errors import RowError
-from schemas.generations import GENERATIONS
 from schemas.media import LOCATIONS, MEDIA
 from schemas.runs import ATTEMPTS, RUNS
 from schemas.tables import TABLES
 from schemas.texts import TEXTS
-from schemas.vision_tokens import TOKENIZERS, VISION_TOKENS
 
 Pixels = npt.NDArray[np.uint8]
-T = TypeVar("T")
 Thumbnail = Callable[[dict[str, Any], str], bytes | None]
 
 NUM_CARDS = 24
-NUM_RECONSTRUCTIONS = 8
-NUM_CAPTIONED = 12
 NUM_CONTINUED = 12
 NUM_TRUE_IMAGES = 240
 THUMBNAIL_PX = 160
@@ -145,7 +140,7 @@ def measure(road: Road) -> DemoFigures:
         ),
         captions=score_captions([(clip.caption, clip.shown.facts) for clip in unnamed_clips(road)]),
         unseen=score_unseen(road.unseen, road.continued, road.replies),
-        num_parsed=_num_parsed(road),
+        num_parsed=num_parsed(road.lake, road.model.folder, [*road.drawn, *road.continued]),
         findings=tuple(findings),
     )
 
@@ -166,20 +161,6 @@ def unnamed_clips(road: Road) -> list[UnnamedClip]:
     return [UnnamedClip(clip, captions.get(clip.clip_id, "")) for clip in clips]
 
 
-def _num_parsed(road: Road) -> int:
-    """How many of the drawn documents, as stored, the grammar's parser accepts."""
-    lm = load_language_model(road.model.folder)
-    ids = [g.generation_id for g in (*road.drawn, *road.continued)]
-    parsed = 0
-    for row in road.lake.read_where(GENERATIONS, "generation_id", ids, ["tokens"]).to_pylist():
-        try:
-            parse_document(np.frombuffer(row["tokens"], "<u4"), lm.vocabulary, lm.text)
-        except DocumentError:
-            continue
-        parsed += 1
-    return parsed
-
-
 def write_demo_report(path: Path, road: Road, figures: DemoFigures) -> None:
     """The page, whole or not at all."""
     lake = road.lake
@@ -190,7 +171,7 @@ def write_demo_report(path: Path, road: Road, figures: DemoFigures) -> None:
             title="Outback: the whole road, once",
             summary="Raw video, images and text became clips, a curated set, tokens, sequences, and a model that draws.",
             facts=tuple(_facts(road, figures)),
-            stages=tuple(_stage_times(lake)),
+            stages=tuple(stage_times(lake)),
             balance=tuple(_balance(lake)),
             road=tuple(Room(table.name, lake.facts(table).num_rows) for table in TABLES if not table.ledger),
             funnel=tuple(_funnel(json.loads(rows["funnel"]))),
@@ -201,39 +182,34 @@ def write_demo_report(path: Path, road: Road, figures: DemoFigures) -> None:
             captioning=_captioning(road, figures),
             named=tuple(_named(figures.captions)),
             captions=tuple(_captioned(road, sandbox)),
-            reconstructions=tuple(_reconstructions(road, sandbox)),
-            losses=tuple(
-                _losses(name, training)
-                for name, training in (
-                    ("captioner", road.captioner),
-                    ("vision tokenizer", road.tokenizer),
-                    ("language model", road.model),
-                )
+            reconstructions=tuple(reconstructions(lake, road.tokenizer_id, sandbox)),
+            losses=(
+                loss_chart("captioner", road.captioner.losses, ["loss"]),
+                loss_chart("vision tokenizer", road.tokenizer.losses, ["loss", "pixels"]),
+                loss_chart("language model", road.model.losses, ["loss", "text", "vision"]),
             ),
             accuracies=tuple(_accuracies(figures)),
-            images=tuple(_images(road.drawn)),
+            images=tuple(drawn_images(road.drawn)),
             videos=tuple(_video(g) for g in road.drawn if g.ask.kind == "video"),
             unseen=tuple(_unseen(figures.unseen)),
             continuations=tuple(
                 _continuation(*pair)
-                for pair in _spread(list(zip(road.continued, road.unseen, strict=True)), NUM_CONTINUED)
+                for pair in spread(list(zip(road.continued, road.unseen, strict=True)), NUM_CONTINUED)
             ),
-            answers=tuple(_answers(road, sandbox)),
+            answers=tuple(answered_clips(road.unseen, road.replies, sandbox)),
             lineage=_lineage(lake, road.drawn[0], sandbox),
         )
     write_report(path, data)
 
 
 def _facts(road: Road, figures: DemoFigures) -> Iterator[Fact]:
-    yield Fact("lake", str(road.lake.folder))
-    yield Fact("code", code_version())
-    yield from (Fact(name, value) for name, value in environment().items() if name not in ("host",))
+    yield from where_made(road.lake)
     planted = len(figures.findings)
     yield Fact("planted and found", f"{planted - len(figures.wrong)} of {planted} checks as planted")
     yield from (Fact("not as planted", f"{f.path}: expected {f.expected}, found {f.found}") for f in figures.wrong[:5])
 
 
-def _stage_times(lake: Lake) -> Iterator[StageTime]:
+def stage_times(lake: Lake) -> Iterator[StageTime]:
     """Seconds of every finished run, by job, in the order of the first."""
     seconds: dict[str, float] = {}
     for row in lake.read(RUNS, ["job", "status", "outcome", "recipe", "written_at"]).sort_by("written_at").to_pylist():
@@ -299,7 +275,7 @@ def _cards(lake: Lake, verdicts: Sequence[dict[str, Any]], road: Road, sandbox: 
     """Clips spread evenly over the list: rejected ones by rule, kept ones by id."""
     rules = {rule.name: rule for rule in _rules(road)}
     ordered = sorted(verdicts, key=lambda row: (row["rule"] or "", row["clip_id"]))
-    chosen = _spread(ordered, NUM_CARDS)
+    chosen = spread(ordered, NUM_CARDS)
     captions = {row["clip_id"]: row["text"] for row in lake.read(CAPTIONS, ["clip_id", "text"]).to_pylist()}
     clips = clip_places(lake)
     for row in chosen:
@@ -360,59 +336,13 @@ def _captioned(road: Road, sandbox: Sandbox) -> Iterator[CaptionedClip]:
     """Clips that the captioner named, wrong ones first."""
     clips = unnamed_clips(road)
     rights = [parse_caption(clip.caption) == clip.shown.facts for clip in clips]
-    for index in _wrong_first(rights):
+    for index in wrong_first(rights):
         clip = clips[index]
-        frames = _frames_of(clip.shown, sandbox)
+        frames = frames_of(clip.shown, sandbox)
         if frames is not None:
             note = f"it is {write_caption(clip.shown.facts)}"
             name = Path(clip.shown.place["uri"]).name
             yield CaptionedClip(name, frames, clip.caption or "(no caption)", rights[index], note)
-
-
-def _wrong_first(rights: Sequence[bool]) -> list[int]:
-    """Which clips to show: up to a third wrong ones, as they say more, then right ones from the whole list."""
-    wrong = [index for index, is_right in enumerate(rights) if not is_right][: NUM_CAPTIONED // 3]
-    return wrong + _spread([index for index, is_right in enumerate(rights) if is_right], NUM_CAPTIONED - len(wrong))
-
-
-def _frames_of(clip: ShownClip, sandbox: Sandbox) -> Pixels | None:
-    """Six small frames, None where the medium has moved since: the page then leaves it out."""
-    try:
-        return sandbox.run(_small_frames, clip.place["uri"], clip.place["start_ms"], clip.place["end_ms"])
-    except RowError:
-        return None
-
-
-def _small_frames(uri: str, start_ms: int, end_ms: int) -> Pixels:
-    return read_frames(Path(uri), start_ms, end_ms, num_frames=6, size=(JUDGED_SIZE_PX, JUDGED_SIZE_PX))
-
-
-def _reconstructions(road: Road, sandbox: Sandbox) -> Iterator[Reconstruction]:
-    """Clips of the set through encoder and decoder: photographs first, because shapes are easy."""
-    lake = road.lake
-    tokenizer = lake.read_where(TOKENIZERS, "tokenizer_id", [road.tokenizer_id]).to_pylist()[0]
-    vision = load_vision_tokenizer(Path(tokenizer["uri"]))
-    preparation = Preparation.model_validate_json(tokenizer["preparation"])
-    clips = clip_places(lake)
-    rows = [row for row in lake.read(VISION_TOKENS).to_pylist() if row["tokenizer_id"] == road.tokenizer_id]
-    rows.sort(key=lambda row: ("shapes" in clips[row["clip_id"]]["uri"], row["clip_id"]))
-    half = NUM_RECONSTRUCTIONS // 2
-    for row in rows[:half] + rows[-half:]:
-        codes = np.frombuffer(row["codes"], "<u2").reshape(row["t"], row["h"], row["w"])[:1]
-        try:
-            original = sandbox.run(clip_frames, clips[row["clip_id"]], preparation)[0]
-        except RowError:
-            continue
-        drawn = decode_codes(vision, codes, row["kind"])[0]
-        error = float(np.mean((original.astype(np.float64) - drawn) ** 2))
-        name = Path(clips[row["clip_id"]]["uri"]).name
-        yield Reconstruction(name, original, drawn, f"PSNR {10 * np.log10(255**2 / max(error, 1e-9)):.1f} dB")
-
-
-def _losses(title: str, training: TrainReport) -> LossChart:
-    names = [name for name in training.losses[-1] if name not in ("step", "learning_rate", "grad_norm")]
-    steps = tuple(int(line["step"]) for line in training.losses)
-    return LossChart(title, tuple(Curve(n, steps, tuple(float(line[n]) for line in training.losses)) for n in names))
 
 
 def _accuracies(figures: DemoFigures) -> Iterator[Accuracy]:
@@ -423,18 +353,6 @@ def _accuracies(figures: DemoFigures) -> Iterator[Accuracy]:
     true_direction = figures.true_videos.direction
     if videos.direction is not None and videos.shuffled_direction is not None and true_direction is not None:
         yield Accuracy("direction (videos)", videos.direction, true_direction, videos.shuffled_direction)
-
-
-def _images(drawn: Sequence[Generation]) -> Iterator[PromptImages]:
-    by_prompt: dict[str, list[GeneratedImage]] = {}
-    for g in drawn:
-        if g.ask.kind == "image":
-            colour, shape = judge_shape(g.frames[0])
-            asked = parse_caption(g.ask.prompt)
-            right = asked is not None and (colour, shape) == (asked.colour, asked.shape)
-            image = GeneratedImage(g.frames[0], g.ask.seed, f"{colour or 'no'} {shape or 'shape'}", right)
-            by_prompt.setdefault(g.ask.prompt, []).append(image)
-    yield from (PromptImages(prompt, tuple(images)) for prompt, images in by_prompt.items())
 
 
 def _video(generation: Generation) -> GeneratedVideo:
@@ -459,30 +377,6 @@ def _continuation(generation: Generation, clip: ShownClip) -> GeneratedVideo:
     right = direction == clip.facts.direction
     title = f"{write_caption(clip.facts)}, continued"
     return GeneratedVideo(title, generation.frames, generation.fps or 1.0, seen, right, num_given(generation))
-
-
-def _spread(items: Sequence[T], most: int) -> list[T]:
-    """At most so many, evenly from the whole, since neighbours show much the same."""
-    if not items:
-        return []
-    return [items[at] for at in np.unique(np.linspace(0, len(items) - 1, min(most, len(items))).astype(int))]
-
-
-def _answers(road: Road, sandbox: Sandbox) -> Iterator[AnsweredClip]:
-    """Clips that were asked about, those with a wrong answer first."""
-    answered = replies_by_clip(road.unseen, road.replies)
-    rights = [
-        {fact: said[fact] == getattr(clip.facts, fact) for fact in QUESTIONS}
-        for clip, said in zip(road.unseen, answered, strict=True)
-    ]
-    for index in _wrong_first([all(right.values()) for right in rights]):
-        frames = _frames_of(road.unseen[index], sandbox)
-        if frames is not None:
-            answers = tuple(
-                Answer(question, answered[index][fact] or "(nothing)", rights[index][fact])
-                for fact, question in QUESTIONS.items()
-            )
-            yield AnsweredClip(Path(road.unseen[index].place["uri"]).name, frames, answers)
 
 
 def _lineage(lake: Lake, generation: Generation, sandbox: Sandbox) -> LineageNode:

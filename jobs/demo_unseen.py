@@ -72,16 +72,21 @@ def score_unseen(
 ) -> UnseenFigures:
     """Continuations and answers in the order of `continuations(clips)` and `questions(clips)` -> shares that are right."""
     directions = [clip.facts.direction for clip in clips]
-    answered = replies_by_clip(clips, replies)
     return UnseenFigures(
         num_clips=len(clips),
         continued=_share([direction_drawn(g) for g in continued], directions),
         continued_alone=_share([judge_direction(g.frames[num_given(g) :]) for g in continued], directions),
-        answers={
-            fact: _share([said[fact] for said in answered], [getattr(clip.facts, fact) for clip in clips])
-            for fact in QUESTIONS
-        },
+        answers=score_answers(clips, replies),
     )
+
+
+def score_answers(clips: Sequence[ShownClip], replies: Sequence[Reply]) -> dict[str, Share]:
+    """Answers in the order of `questions(clips)` -> the share that is right, by fact."""
+    answered = replies_by_clip(clips, replies)
+    return {
+        fact: _share([said[fact] for said in answered], [getattr(clip.facts, fact) for clip in clips])
+        for fact in QUESTIONS
+    }
 
 
 def _share(found: Sequence[str | None], true: Sequence[str | None]) -> Share:

@@ -19,8 +19,8 @@ from jobs.progress import progress
 from jobs.run import recorded
 from model.export import export_language_model
 from model.generate import OnRow, Progress, VisionRequest, Window, generate_vision
+from model.pictures import Frames, decode_codes, write_png
 from model.sampling import SamplingConfig
-from model.vision_tokenizer.pixels import rgb_from_pixels
 from model.vision_tokenizer.tokenizer import VisionTokenizer
 from schemas.catalog import Lake
 from schemas.document import DocumentError, Tokens, VisionBlock, VisionDocument, parse_document, text_tokens
@@ -28,7 +28,6 @@ from schemas.errors import ConfigError
 from schemas.generations import GENERATIONS
 from schemas.recipe import Config, canonical_json, short_hash
 
-Frames = npt.NDArray[np.uint8]
 Draw = Callable[[Sequence[VisionRequest], Progress, OnRow | None], list[Tokens]]
 PREVIEW_S = 1.0
 
@@ -207,7 +206,7 @@ class _Preview:
         frame = decode_codes(self._vision, np.stack(rows)[None], "video" if is_video else "image")[-1]
         path = self._folder / f"{self._names[request]}.png"
         draft = path.with_name(f".{path.name}.{os.getpid()}.png")
-        _write_png(draft, frame, {})
+        write_png(draft, frame, {})
         draft.replace(path)
         self._shown_s[request] = time.monotonic()
 
@@ -268,22 +267,11 @@ def _generation(lake: Lake, models: Models, generation_id: str, ask: Ask, tokens
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
         if ask.kind == "image":
-            _write_png(draft, frames[0], facts)
+            write_png(draft, frames[0], facts)
         else:
             _write_mp4(draft, frames, block.fps or 8.0, facts)
         draft.replace(path)
     return Generation(generation_id, ask, path, frames, block.fps)
-
-
-def decode_codes(vision: VisionTokenizer, codes: npt.NDArray[Any], kind: str) -> Frames:
-    """Codes (t, h, w) -> uint8 RGB frames (T, H, W, 3), one frame for an image."""
-    import torch
-
-    with torch.inference_mode():
-        codes_1thw = torch.from_numpy(np.ascontiguousarray(codes, np.int64)).unsqueeze(0)
-        if kind == "image":
-            return rgb_from_pixels(vision.decode(codes_1thw[:, 0]))
-        return rgb_from_pixels(vision.decode_chunks(codes_1thw)[0])
 
 
 def _row(
@@ -308,16 +296,6 @@ def _row(
         "context_t": ask.context_t,
         "uri": str(generation.path),
     }
-
-
-def _write_png(path: Path, image: Frames, facts: Mapping[str, str]) -> None:
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    for key, value in facts.items():
-        info.add_itxt(key, value)
-    Image.fromarray(image).save(path, pnginfo=info)
 
 
 def _write_mp4(path: Path, frames: Frames, fps: float, facts: Mapping[str, str]) -> None:

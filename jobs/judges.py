@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from jobs.generate import decode_codes
 from jobs.pack import text_tokenizer_from_json
 from jobs.preference_sets import generations_of, tokens_of
 from jobs.progress import Advance
 from jobs.scorers import Scorer
+from model.pictures import decode_codes
 from model.vision_tokenizer.tokenizer import VisionTokenizer
 from model.weights import load_vision_tokenizer
 from pipeline.read_votes import Vote, read_votes

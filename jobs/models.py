@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from jobs.checkpoints import LANGUAGE_OBJECTIVES, checkpoint_row, language_data
+from jobs.checkpoints import LANGUAGE_OBJECTIVES, checkpoint_row, language_data, tokenizer_folder
 from model.vision_tokenizer.tokenizer import VisionTokenizer
 from model.weights import LanguageModel, load_language_model, load_vision_tokenizer
 from schemas.catalog import Lake
 from schemas.document import VisionBlock
 from schemas.errors import ConfigError
-from schemas.vision_tokens import TOKENIZERS, VISION_TOKENS
+from schemas.vision_tokens import VISION_TOKENS
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,13 +34,23 @@ class Models:
 
 def load_models(lake: Lake, checkpoint: str) -> Models:
     """A checkpoint's id, the beginning of one, or `latest` -> its networks. Raises: ConfigError if there is none."""
-    row = checkpoint_row(lake, checkpoint, *LANGUAGE_OBJECTIVES)
-    read = language_data(lake, str(row["data_id"]))
+    return models_of(lake, checkpoint_row(lake, checkpoint, *LANGUAGE_OBJECTIVES))
+
+
+def models_of(lake: Lake, checkpoint: Mapping[str, Any]) -> Models:
+    """A checkpoint's row -> its networks, from the folder `uri`. Raises: ConfigError if its data or its tokenizer is gone."""
+    read = language_data(lake, str(checkpoint["data_id"]))
     if read is None:
-        raise ConfigError(f"checkpoint {row['checkpoint_id']} was trained on {row['data_id']}, which is not here")
+        raise ConfigError(
+            f"checkpoint {checkpoint['checkpoint_id']} was trained on {checkpoint['data_id']}, which is not here"
+        )
     tokenizer_id = str(read["tokenizer_id"])
-    tokenizer = lake.read_where(TOKENIZERS, "tokenizer_id", [tokenizer_id]).to_pylist()[0]
-    return Models(row, tokenizer_id, load_language_model(Path(str(row["uri"]))), Path(tokenizer["uri"]))
+    vision = tokenizer_folder(lake, tokenizer_id)
+    if vision is None:
+        raise ConfigError(
+            f"the codes of checkpoint {checkpoint['checkpoint_id']} are by {tokenizer_id}, which is not here"
+        )
+    return Models(checkpoint, tokenizer_id, load_language_model(Path(str(checkpoint["uri"]))), vision)
 
 
 def clip_blocks(lake: Lake, tokenizer_id: str, clip_ids: Collection[str]) -> dict[str, VisionBlock]:

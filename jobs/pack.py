@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from jobs.captioners import find_captioner
+from jobs.checkpoints import tokenizer_folder
 from jobs.curate import check_name, read_set
 from jobs.run import recorded
 from model.text_tokenizer import Emu3TextTokenizer, TinyBpe
@@ -35,7 +36,7 @@ from schemas.table import content_sha256
 from schemas.texts import TEXTS
 from schemas.vision_tokens import VISION_TOKENS
 from schemas.vocabulary import Vocabulary
-from train.batches import write_sequence_file
+from train.batches import SequenceData, write_sequence_file
 
 TextTokenizer = TinyBpe | Emu3TextTokenizer
 OTHER_SOURCES = ("texts", "conversations")
@@ -289,6 +290,20 @@ def materialise(lake: Lake, name: str) -> Path:
     answers = [[one for chat in chats or () for one in chat["answers"]] for chats in rows["chats"].to_pylist()]
     write_sequence_file(path, tokens, rows["segments"].to_pylist(), answers)
     return path
+
+
+def sequence_data(lake: Lake, name: str) -> SequenceData:
+    """A sequence set as a training reads it, on this machine's disk. Raises: ConfigError if there is none; as `materialise`."""
+    row = sequence_set(lake, name)
+    return SequenceData(
+        path=materialise(lake, name),
+        data_id=str(row["seqset_id"]),
+        sha256=str(row["content_sha256"]),
+        vocabulary=Vocabulary.from_json(str(row["vocabulary"])),
+        text=text_tokenizer_from_json(str(row["text_tokenizer"])),
+        context_len=int(str(row["context_len"])),
+        vision=tokenizer_folder(lake, str(row["tokenizer_id"])),
+    )
 
 
 def text_tokenizer_json(recipe: PackRecipe, text: TextTokenizer) -> dict[str, object]:

@@ -8,8 +8,9 @@ Paper: Emu3 report, section 2.5.1: 8 to 10 drawings for each prompt, scored by t
 rejected.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from schemas.catalog import Lake
 from schemas.checkpoints import CHECKPOINTS
 from schemas.errors import ConfigError, RowError
 from schemas.generations import GENERATIONS, PREFERENCE_PAIRS, PREFERENCE_SETS
-from schemas.recipe import Config, short_hash
+from schemas.recipe import Config, later_option, short_hash
 from schemas.runs import ATTEMPTS
 
 ALIKE = ("prompt", "kind", "t", "h", "w", "fps", "continued_clip_id", "context_t")
@@ -41,6 +42,9 @@ class PreferRecipe(Config):
     """Voters that a generation needs; three in the paper. A scorer is asked once."""
     min_margin: float = Field(default=0.0, ge=0)
     """By more than this the better one's mean score is above the other's. 0: ties make no pair."""
+    pairs_per_prompt: int = later_option(1, ge=1)
+    """At most so many pairs of the drawings of one prompt: the best with the worst, the second best with the second worst, and
+    so on while they differ enough. One in the paper."""
     context_len: int = Field(default=131_072, ge=16)
     """Longest document of a pair, in tokens; pairs are never cut."""
 
@@ -69,17 +73,19 @@ def prefer(
     votes: Sequence[Path] = (),
     scorer: str | None = None,
     checkpoints: Sequence[str] = (),
+    generations: Collection[str] = (),
 ) -> PreferReport:
     """Judge generations, by files of votes or by a scorer, and name the pairs; the same judgements and recipe do nothing.
 
-    `checkpoints` are ids, or beginnings, of those whose generations are looked at; without any, all are.
+    `checkpoints` are ids, or beginnings, of those whose generations are looked at; without any, all are. `generations` are
+    the ids of those that are looked at, of these; without any, all are.
 
     Raises: ConfigError if the name is taken by other pairs, a file or a scorer cannot be read, or nothing makes a pair.
     """
     check_name("preference set", name)
     if bool(votes) == (scorer is not None):
         raise ConfigError("found votes and a scorer, or neither: give --votes or --scorer")
-    made, refused = _generations(lake, checkpoints)
+    made, refused = _generations(lake, checkpoints, generations)
     if scorer is None:
         counted, refused = count_votes(votes, {row["generation_id"] for row in made}, dict(refused))
         voted = {vote.generation_id for vote in counted}
@@ -167,14 +173,21 @@ def _taken(lake: Lake, name: str, pairset_id: str) -> Row | None:
 # --- what is there ---
 
 
-def _generations(lake: Lake, checkpoints: Sequence[str]) -> tuple[list[Row], Refused]:
-    """Generations without their tokens, each with the ids it is written in (`vocabulary`, `text_tokenizer`), by id."""
+def _generations(lake: Lake, checkpoints: Sequence[str], wanted: Collection[str]) -> tuple[list[Row], Refused]:
+    """Generations without their tokens, each with the ids it is written in (`vocabulary`, `text_tokenizer`), by id.
+
+    Raises: ConfigError if a wanted one is not there.
+    """
     columns = ["generation_id", "checkpoint_id", "tokenizer_id", *ALIKE]
     if checkpoints:
         ids = [str(checkpoint_row(lake, one, *LANGUAGE_OBJECTIVES)["checkpoint_id"]) for one in checkpoints]
         rows = lake.read_where(GENERATIONS, "checkpoint_id", ids, columns).to_pylist()
     else:
         rows = lake.read(GENERATIONS, columns).to_pylist()
+    if wanted:
+        rows = [row for row in rows if row["generation_id"] in wanted]
+        if missing := set(wanted) - {row["generation_id"] for row in rows}:
+            raise ConfigError(f"found no generation {min(missing)!r} of these checkpoints; {len(missing)} are missing")
     languages = _languages(lake, sorted({row["checkpoint_id"] for row in rows}))
     found, refused = [], []
     for row in sorted(rows, key=lambda row: str(row["generation_id"])):
@@ -206,20 +219,22 @@ def _groups(made: Sequence[Row]) -> list[list[Row]]:
 def _pairs(
     lake: Lake, groups: Sequence[Sequence[Row]], scores: Mapping[str, float], recipe: PreferRecipe, who: str
 ) -> tuple[list[Pair], Refused]:
-    """The best and the worst of each group, by pair id; and groups of which no pair can be made, by their first generation."""
+    """Pairs of the best and the worst of each group, by pair id; and groups that make none, by their first generation."""
     chosen, refused = [], []
     for group in groups:
         ids = sorted(row["generation_id"] for row in group if row["generation_id"] in scores)
         if len(ids) < 2:
             continue  # the others were refused, one by one
-        best, worst = min(ids, key=lambda one: -scores[one]), min(ids, key=lambda one: scores[one])
-        if scores[best] - scores[worst] <= recipe.min_margin:
+        from_best, from_worst = sorted(ids, key=lambda one: -scores[one]), sorted(ids, key=lambda one: scores[one])
+        ranked = list(zip(from_best, from_worst, strict=True))[: recipe.pairs_per_prompt]
+        apart = list(takewhile(lambda two: scores[two[0]] - scores[two[1]] > recipe.min_margin, ranked))
+        chosen += [(group[0], best, worst) for best, worst in apart]
+        if not apart:
+            best, worst = ranked[0]
             said = (
                 f"{len(ids)} drawings of {group[0]['prompt']!r} have scores from {scores[worst]:g} to {scores[best]:g}"
             )
             refused.append((ids[0], RowError("Tie", f"{said}, expected more than {recipe.min_margin:g} between them")))
-        else:
-            chosen.append((group[0], best, worst))
     tokens = {row["generation_id"]: row for row in generations_of(lake, {one for _, *two in chosen for one in two})}
     found = []
     for facts, best, worst in chosen:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jobs.checkpoints import tokenizer_folder
 from jobs.pack import text_tokenizer_from_json
 from schemas.catalog import Lake
 from schemas.document import Grammar, Tokens
@@ -108,6 +109,7 @@ def materialise_pairs(lake: Lake, name: str) -> SequenceData:
         vocabulary=vocabulary,
         text=text_tokenizer_from_json(row["text_tokenizer"]),
         context_len=max(len(file.tokens(pair)) for pair in range(len(file))),
+        vision=tokenizer_folder(lake, row["tokenizer_id"]),
     )
 
 

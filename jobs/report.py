@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Pixels = npt.NDArray[np.uint8]
 
 PLOT_WIDTH, PLOT_HEIGHT = 420, 190
-PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 46, 10, 12, 26
+PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 46, 22, 12, 26
 MAX_POINTS = 300  # of a drawn curve: more than the plot has pixels for
 NUM_BINS = 36
 
@@ -170,6 +170,18 @@ class LossChart:
 
 
 @dataclass(frozen=True)
+class Milestone:
+    """What a training was to bring: a figure before and after it, as people write it, and whether the goal is reached."""
+
+    training: str
+    what: str
+    before: str
+    after: str
+    goal: str
+    is_reached: bool
+
+
+@dataclass(frozen=True)
 class Accuracy:
     """Shares in 0..1 of one fact that the judge found: as asked, in true renderings, and against shuffled prompts."""
 
@@ -227,6 +239,7 @@ class ReportData:
     title: str
     summary: str
     facts: tuple[Fact, ...] = ()
+    milestones: tuple[Milestone, ...] = ()
     stages: tuple[StageTime, ...] = ()
     balance: tuple[BalanceLine, ...] = ()
     road: tuple[Room, ...] = ()

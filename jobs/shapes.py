@@ -268,6 +268,19 @@ def score_drawing(prompt: str, frames: Pixels) -> float:
     return sum(right) / len(right)
 
 
+def score_height(prompt: str, frames: Pixels) -> float:
+    """Uint8 RGB frames (T, H, W, 3) -> how high the middle of the first one's shape stands: 0 at the bottom, 1 at the top. No
+    prompt of this world asks for it.
+
+    Raises: ValueError if the picture shows no shape.
+    """
+    mask = _foreground(_judged_size(frames[0]))
+    if mask is None:
+        raise ValueError("found no shape in the drawing")
+    rows = np.flatnonzero(mask.any(axis=1))
+    return 1.0 - float(rows[0] + rows[-1] + 1) / (2 * len(mask))
+
+
 @dataclass(frozen=True)
 class ShapeSeen:
     """What the judge saw; None where it saw nothing of the kind."""

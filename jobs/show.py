@@ -200,6 +200,8 @@ def print_runs(lake: Lake, *, json: bool) -> None:
     rows = []
     for run in reports:
         outcome = {key: value for key, value in run.outcome.items() if key != "seconds"}
+        if "training_id" in run.inputs:  # by which a training that is not finished is exported
+            outcome = {"training_id": run.inputs["training_id"], **outcome}
         seconds = "" if run.seconds is None else f"{run.seconds:.1f}"
         rows.append([run.started_at, run.run_id, run.status, seconds, run.code_version, jsonlib.dumps(outcome)[:100]])
     _print_table(["started", "run", "status", "seconds", "code", "outcome"], rows)

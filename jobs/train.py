@@ -25,9 +25,9 @@ from jobs.captioners import PROVIDED, find_captioner
 from jobs.checkpoints import LANGUAGE_OBJECTIVES, checkpoint_row, language_data
 from jobs.clip_items import clip_items
 from jobs.cluster import ensure_ray, num_cpus
-from jobs.curate import set_row
+from jobs.curate import read_set, set_row
 from jobs.model_files import model_digest
-from jobs.pack import materialise, sequence_set, text_tokenizer_from_json
+from jobs.pack import sequence_data, sequence_set
 from jobs.preference_sets import materialise_pairs, preference_set
 from jobs.progress import Advance, progress
 from jobs.run import recorded
@@ -45,8 +45,7 @@ from schemas.errors import ConfigError, RowError
 from schemas.identity import window_id
 from schemas.recipe import Config, later_option, short_hash
 from schemas.runs import ATTEMPTS
-from schemas.vocabulary import Vocabulary
-from train.batches import FrameData, SequenceData, write_frame_file
+from train.batches import FrameData, write_frame_file
 from train.captioner import CaptionData, CaptionerTrainingConfig, CaptionExample, train_captioner, write_examples
 from train.language import Start
 from train.preference import DpoConfig, train_preferences
@@ -146,28 +145,26 @@ def _train_vision_tokenizer(lake: Lake, recipe: TrainRecipe, set_name: str, held
     assert recipe.vision_tokenizer is not None
     config, chunks = recipe.vision_tokenizer, recipe.frames
     curated, left_out = set_row(lake, set_name), config.left_out()
-    kept = set_row(lake, held_out) if held_out is not None else None
     if held_out is not None:
         _check_apart(lake, set_name, held_out)
 
     def start(training_id: str, advance: Advance, run_id: str) -> TrainingResult:
         for term, reason in left_out.items():
             print(f"train vision_tokenizer: without the {term} term, {reason}", file=sys.stderr, flush=True)
-        data = _frame_data(lake, set_name, curated, chunks, run_id, advance)
-        seen = _frame_data(lake, held_out, kept, chunks, run_id, advance) if held_out and kept else None
-        storage = _storage(lake, training_id)
-        return train_vision_tokenizer(config, data, storage, held_out=seen, on_progress=_advance(advance))
+        data = _frame_data(lake, set_name, chunks, run_id, advance)
+        kept = _frame_data(lake, held_out, chunks, run_id, advance) if held_out is not None else None
+        storage = training_folder(lake, training_id)
+        return train_vision_tokenizer(config, data, storage, held_out=kept, on_progress=_advance(advance))
 
-    shape = chunks.model_dump(include={"side_px", "fps", "chunks_per_clip"}, mode="json")
-    options = [config.by_content().model_dump(mode="json", exclude={"execution"}), shape]
+    options = [config.by_content().identity(), chunks.identity()]
     said = {"left_out": left_out} if left_out else {}
     return _run(lake, recipe, options, curated["curated_id"], curated["content_sha256"], start, said=said)
 
 
 def _check_apart(lake: Lake, set_name: str, held_out: str) -> None:
     """Raises: ConfigError if two curated sets share clips."""
-    shared = {item["clip_id"] for item in clip_items(lake, set_name).to_pylist()}
-    shared &= {item["clip_id"] for item in clip_items(lake, held_out).to_pylist()}
+    learnt, kept = (set(read_set(lake, name)["clip_id"].to_pylist()) for name in (set_name, held_out))
+    shared = learnt & kept
     if shared:
         raise ConfigError(
             f"found {len(shared)} clips in both {set_name!r} and the held-out {held_out!r}, such as {min(shared)}: hold "
@@ -194,14 +191,14 @@ def _train_captioner(lake: Lake, recipe: TrainRecipe, set_name: str) -> TrainRep
         data = CaptionData(
             path=path,
             data_id=str(curated["curated_id"]),
-            sha256=hashlib.sha256(f"{curated['content_sha256']}{data_id}".encode()).hexdigest(),
+            sha256=_derived_sha256(curated, data_id),
             image_prompt=prompt.image,
             video_prompt=prompt.video,
             system=prompt.system,
         )
-        return train_captioner(config, data, _storage(lake, training_id), on_progress=_advance(advance))
+        return train_captioner(config, data, training_folder(lake, training_id), on_progress=_advance(advance))
 
-    options: list[Any] = [config.model_dump(mode="json", exclude={"execution"}), shape]
+    options: list[Any] = [config.identity(), shape]
     if config.base is not None:
         options.append(model_digest(config.base, None))
     return _run(lake, recipe, options, curated["curated_id"], curated["content_sha256"], start)
@@ -272,17 +269,18 @@ def _pretrain(lake: Lake, recipe: TrainRecipe, name: str, start_name: str | None
     config = recipe.pretrain
     row = sequence_set(lake, name)
     begin = _start(lake, start_name, str(row["tokenizer_id"])) if start_name is not None else None
-    kept = _held_out(lake, held_out, str(row["tokenizer_id"]))
+    if held_out is not None:
+        _check_codes(lake, held_out, str(row["tokenizer_id"]))
 
     def start(training_id: str, advance: Advance, run_id: str) -> TrainingResult:
-        data, storage = _sequences(lake, name), _storage(lake, training_id)
+        data, storage = sequence_data(lake, name), training_folder(lake, training_id)
+        kept = sequence_data(lake, held_out) if held_out is not None else None
         return pretrain(config, data, storage, start=begin, held_out=kept, on_progress=_advance(advance))
 
-    options: list[Any] = [config.model_dump(mode="json", exclude={"execution"})]
-    start_id = begin.digest[:ID_DIGITS] if begin else None
+    options: list[Any] = [config.identity()]
     if begin is not None:
         options.append(begin.digest)
-    return _run(lake, recipe, options, str(row["seqset_id"]), str(row["content_sha256"]), start, start_id)
+    return _run(lake, recipe, options, str(row["seqset_id"]), str(row["content_sha256"]), start, begin)
 
 
 def _train_preferences(
@@ -297,41 +295,27 @@ def _train_preferences(
         )
     row = preference_set(lake, name)
     begin = _start(lake, start_name, str(row["tokenizer_id"]))
-    kept = _held_out(lake, held_out, str(row["tokenizer_id"]))
+    if held_out is not None:
+        _check_codes(lake, held_out, str(row["tokenizer_id"]))
 
     def start(training_id: str, advance: Advance, run_id: str) -> TrainingResult:
-        data, storage = materialise_pairs(lake, name), _storage(lake, training_id)
+        data, storage = materialise_pairs(lake, name), training_folder(lake, training_id)
+        kept = sequence_data(lake, held_out) if held_out is not None else None
         return train_preferences(config, data, storage, start=begin, held_out=kept, on_progress=_advance(advance))
 
-    options = [config.model_dump(mode="json", exclude={"execution"}), begin.digest]
+    options = [config.identity(), begin.digest]
     data_id, data_sha256 = str(row["pairset_id"]), str(row["content_sha256"])
-    return _run(lake, recipe, options, data_id, data_sha256, start, begin.digest[:ID_DIGITS])
+    return _run(lake, recipe, options, data_id, data_sha256, start, begin)
 
 
-def _sequences(lake: Lake, name: str) -> SequenceData:
-    """A sequence set on this machine's disk."""
-    row = sequence_set(lake, name)
-    return SequenceData(
-        path=materialise(lake, name),
-        data_id=str(row["seqset_id"]),
-        sha256=str(row["content_sha256"]),
-        vocabulary=Vocabulary.from_json(str(row["vocabulary"])),
-        text=text_tokenizer_from_json(str(row["text_tokenizer"])),
-        context_len=int(str(row["context_len"])),
-    )
-
-
-def _held_out(lake: Lake, name: str | None, tokenizer_id: str) -> SequenceData | None:
-    """Raises: ConfigError if the set holds codes of another vision tokenizer than this one."""
-    if name is None:
-        return None
-    known = sequence_set(lake, name)["tokenizer_id"]
+def _check_codes(lake: Lake, held_out: str, tokenizer_id: str) -> None:
+    """Raises: ConfigError if a held-out set holds codes of another vision tokenizer than this one."""
+    known = sequence_set(lake, held_out)["tokenizer_id"]
     if known != tokenizer_id:
         raise ConfigError(
-            f"found the held-out sequences {name!r} in codes of the vision tokenizer {known}, expected those of "
+            f"found the held-out sequences {held_out!r} in codes of the vision tokenizer {known}, expected those of "
             f"{tokenizer_id}, which are trained on"
         )
-    return _sequences(lake, name)
 
 
 def _start(lake: Lake, name: str, tokenizer_id: str) -> Start:
@@ -364,7 +348,7 @@ def _run(
     data_id: str,
     data_sha256: str,
     start: Callable[[str, Advance, str], TrainingResult],
-    start_id: str | None = None,
+    begin: Start | None = None,
     said: Mapping[str, Any] = MappingProxyType({}),
 ) -> TrainReport:
     """Find the finished training, or run it and register its checkpoint. What is `said` of it joins the run's outcome."""
@@ -378,7 +362,10 @@ def _run(
         losses = json.loads(row["losses"])
         return TrainReport(recipe.objective, row["checkpoint_id"], row["step"], folder, losses, True)
     inputs = {"data_id": data_id, "data_sha256": data_sha256, "training_id": training_id}
-    with recorded(lake, "train", recipe, inputs) as run, progress(f"train {recipe.objective}") as advance:
+    if begin is not None:
+        inputs["start"] = str(begin.folder)
+    title = f"train {recipe.objective} {training_id}"
+    with recorded(lake, "train", recipe, inputs) as run, progress(title) as advance:
         ensure_ray()
         result = start(training_id, advance, run.run_id)
         checkpoint_id = result.checkpoint_digest[:ID_DIGITS]
@@ -390,7 +377,7 @@ def _run(
             "data_id": data_id,
             "data_sha256": data_sha256,
             "step": result.step,
-            "start_id": start_id,
+            "start_id": begin.digest[:ID_DIGITS] if begin else None,
             "losses": json.dumps(result.losses),
             "uri": str(result.folder),
         }
@@ -400,7 +387,13 @@ def _run(
     return TrainReport(recipe.objective, checkpoint_id, result.step, result.folder, result.losses, False)
 
 
-def _storage(lake: Lake, training_id: str) -> Path:
+def _derived_sha256(curated: Mapping[str, Any], data_id: str) -> str:
+    """What names the content of a file that is made of a curated set in the way that `data_id` says."""
+    return hashlib.sha256(f"{curated['content_sha256']}{data_id}".encode()).hexdigest()
+
+
+def training_folder(lake: Lake, training_id: str) -> Path:
+    """Where a training keeps all that it writes."""
     return lake.folder / "checkpoints" / training_id
 
 
@@ -416,16 +409,12 @@ def _advance(advance: Advance) -> Callable[[Progress], None]:
     return say
 
 
-def _frame_data(
-    lake: Lake, set_name: str, curated: dict[str, Any], config: ChunkConfig, run_id: str, advance: Advance
-) -> FrameData:
+def _frame_data(lake: Lake, set_name: str, config: ChunkConfig, run_id: str, advance: Advance) -> FrameData:
     """The set's training pictures as one memory-mappable file in the lake's cache, read from the originals once."""
-    shape = config.model_dump(include={"side_px", "fps", "chunks_per_clip"}, mode="json")
-    data_id = short_hash([curated["curated_id"], shape])
+    curated = set_row(lake, set_name)
+    data_id = short_hash([curated["curated_id"], config.identity()])
     path = lake.folder / "cache" / f"frames-{data_id}.npy"
-    data = FrameData(
-        path, str(curated["curated_id"]), hashlib.sha256(f"{curated['content_sha256']}{data_id}".encode()).hexdigest()
-    )
+    data = FrameData(path, str(curated["curated_id"]), _derived_sha256(curated, data_id))
     if path.exists():
         return data
     path.parent.mkdir(parents=True, exist_ok=True)

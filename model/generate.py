@@ -160,6 +160,12 @@ class _Noise:
         return list(self._rows.values())
 
 
+def check_requests(lm: LanguageModel, requests: Sequence[VisionRequest], sampling: SamplingConfig) -> None:
+    """Raises: what `generate_vision` would raise for these requests, before anything is drawn."""
+    for request in requests:
+        _Clip(lm, request, sampling, MetaTemplate.OUTBACK, Window())
+
+
 @torch.no_grad()
 def generate_vision(
     lm: LanguageModel,

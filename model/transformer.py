@@ -1,16 +1,17 @@
 """The language model: a Llama-style decoder over text, special and vision tokens.
 
-Shapes: B batch, L tokens, S tokens seen and new, D hidden, V vocabulary.
+Shapes: B batch, L tokens, S tokens seen and new, D hidden, I inside the MLP, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
 from types import MappingProxyType
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from model.attention import AttentionPlan, SelfAttention, plan_attention, plan_cached
 from model.kv_cache import KvCache
@@ -84,6 +85,46 @@ def transformer_size(name: str, vocab_size: int | None = None) -> TransformerCon
     return config if vocab_size is None else config.model_copy(update={"vocab_size": vocab_size})
 
 
+class _RmsNormed(torch.autograd.Function):
+    """A norm that keeps its input and one number a token for the backward pass, where the rest is worked out again."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        wide_BLD = x_BLD.float()
+        scale_BL1 = torch.rsqrt(wide_BLD.square().mean(dim=-1, keepdim=True) + eps)
+        ctx.save_for_backward(x_BLD, weight_D, scale_BL1)
+        return weight_D * (wide_BLD * scale_BL1).to(x_BLD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope_BLD: Tensor) -> tuple[Tensor | None, ...]:
+        x_BLD, weight_D, scale_BL1 = ctx.saved_tensors
+        normed_BLD = x_BLD.float() * scale_BL1
+        to_weight_D = None
+        if ctx.needs_input_grad[1]:
+            to_weight_D = (slope_BLD * normed_BLD.to(x_BLD.dtype)).sum(dim=tuple(range(slope_BLD.ndim - 1)))
+        to_normed_BLD = (slope_BLD * weight_D).float()
+        along_BL1 = (to_normed_BLD * normed_BLD).mean(dim=-1, keepdim=True)
+        to_x_BLD = (to_normed_BLD - normed_BLD * along_BL1) * scale_BL1
+        return to_x_BLD.to(x_BLD.dtype), to_weight_D, None
+
+
+class _GatedSilu(torch.autograd.Function):
+    """`silu(gate) * up`, of which nothing but its two inputs is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_BLI: Tensor, up_BLI: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_BLI, up_BLI)
+        return F.silu(gate_BLI) * up_BLI
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope_BLI: Tensor) -> tuple[Tensor, Tensor]:
+        gate_BLI, up_BLI = ctx.saved_tensors
+        to_gate_BLI: Tensor = torch.ops.aten.silu_backward(slope_BLI * up_BLI, gate_BLI)
+        return to_gate_BLI, slope_BLI * F.silu(gate_BLI)
+
+
 class RmsNorm(nn.Module):
     """Root-mean-square norm, worked out in float32."""
 
@@ -94,9 +135,8 @@ class RmsNorm(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Hidden states -> normalised ones, in their own dtype."""
-        wide = x_BLD.float()
-        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x_BLD.dtype)
+        normed: Tensor = _RmsNormed.apply(x_BLD, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        return normed
 
 
 class Mlp(nn.Module):
@@ -110,7 +150,8 @@ class Mlp(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Hidden states -> hidden states."""
-        out_BLD: Tensor = self.down_proj(F.silu(self.gate_proj(x_BLD)) * self.up_proj(x_BLD))
+        inner_BLI: Tensor = _GatedSilu.apply(self.gate_proj(x_BLD), self.up_proj(x_BLD))  # type: ignore[no-untyped-call]
+        out_BLD: Tensor = self.down_proj(inner_BLI)
         return out_BLD
 
 

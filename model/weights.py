@@ -58,9 +58,14 @@ class LanguageModel:
 
 
 def save_language_model(
-    folder: Path, transformer: Transformer, vocabulary: Vocabulary, text_tokenizer: TextTokenizer
+    folder: Path,
+    transformer: Transformer,
+    vocabulary: Vocabulary,
+    text_tokenizer: TextTokenizer,
+    write_more: Callable[[Path], None] | None = None,
 ) -> str:
-    """Write a language model as a folder, replacing one that is there; the digest of the weights.
+    """Write a language model as a folder, replacing one that is there; the digest of the weights. `write_more` puts into the
+    folder what else belongs there.
 
     Raises: ConfigError if the three do not belong together.
     """
@@ -71,6 +76,8 @@ def save_language_model(
         write_network(draft, transformer.state_dict(), values)
         (draft / VOCABULARY_FILE).write_text(vocabulary.to_json() + "\n", encoding="utf-8")
         text_tokenizer.save(draft)
+        if write_more is not None:
+            write_more(draft)
 
     write_folder(folder, write)
     return digest(folder)

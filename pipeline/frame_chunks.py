@@ -24,6 +24,10 @@ class ChunkConfig(Config):
     timeout_s: float = Field(default=120.0, gt=0)
     memory_mb: int = Field(default=4096, gt=0)
 
+    def identity(self) -> dict[str, object]:
+        """What the pictures depend on: not the limits of decoding."""
+        return self.model_dump(mode="json", exclude={"timeout_s", "memory_mb"})
+
 
 def frame_chunks(item: Mapping[str, Any], config: ChunkConfig) -> npt.NDArray[np.uint8]:
     """A clip (uri, kind, start_ms, end_ms) -> uint8 RGB (N, 4, side, side, 3), spread over the clip.

@@ -45,7 +45,9 @@ SEQUENCE_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class SequenceData:
-    """Packed sequences, materialised: what `pretrain` reads. `data_id` and `sha256` name the content, not the file."""
+    """Packed sequences, materialised: what `pretrain` reads. `data_id` and `sha256` name the content, not the file. `vision` is
+    the folder of the vision tokenizer that decodes them, None where nothing is drawn.
+    """
 
     path: Path
     data_id: str
@@ -53,6 +55,11 @@ class SequenceData:
     vocabulary: Vocabulary
     text: TextTokenizer
     context_len: int
+    vision: Path | None = None
+
+    def is_written_in(self, vocabulary: Vocabulary, text: TextTokenizer) -> bool:
+        """Whether an id means here what it means there."""
+        return self.vocabulary == vocabulary and self.text.to_json() == text.to_json()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Checkpoints of a training in progress: weights, optimizer, step, and the data and options that they belong to.
+"""Checkpoints of a training in progress: weights that are trained, optimizer, step, and the data and options that they belong
+to. Frozen weights are in none: they come from where the training began.
 
 They are written while the training goes on, by all workers, each its part, and load into any other layout.
 
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
@@ -109,7 +110,7 @@ class CheckpointWriter:
         shutil.rmtree(target, ignore_errors=True)
         draft.rename(target)
         sync(self._folder)
-        for step, old in _finished(self._folder)[: -self._keep_last]:
+        for step, old in finished(self._folder)[: -self._keep_last]:
             if self._keep_every is None or step % self._keep_every:
                 shutil.rmtree(old)
 
@@ -137,8 +138,8 @@ class CheckpointWriter:
 
 def latest(folder: Path) -> tuple[int, Path] | None:
     """A checkpoints folder -> step and folder of the newest finished checkpoint, None if there is none."""
-    finished = _finished(folder)
-    return finished[-1] if finished else None
+    found = finished(folder)
+    return found[-1] if found else None
 
 
 def restore_latest(
@@ -166,7 +167,11 @@ def restore_latest(
     state = _state(model, optimizers, extra)
     load(state, storage_reader=FileSystemReader(source), no_dist=not dist.is_initialized())
     set_state_dict(
-        model, list(optimizers), model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        model,
+        list(optimizers),
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=StateDictOptions(ignore_frozen_params=True, strict=False),  # what is missing was an error before
     )  # `extra` was loaded in place
     return step
 
@@ -174,10 +179,13 @@ def restore_latest(
 def _state(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], extra: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    model_state, optimizer_state = get_state_dict(model, list(optimizers))
+    model_state, optimizer_state = get_state_dict(
+        model, list(optimizers), options=StateDictOptions(ignore_frozen_params=True)
+    )
     return {"model": model_state, "optimizer": optimizer_state, "extra": dict(extra)}
 
 
-def _finished(folder: Path) -> list[tuple[int, Path]]:
+def finished(folder: Path) -> list[tuple[int, Path]]:
+    """A checkpoints folder -> steps and folders of its finished checkpoints, the oldest first."""
     found = [path for path in folder.glob("step_*") if (path / MANIFEST).exists()]
     return sorted((int(path.name.removeprefix("step_")), path) for path in found)

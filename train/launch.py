@@ -11,13 +11,14 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from schemas.errors import ConfigError, OutbackError
 from schemas.recipe import short_hash
 from train.checkpoint import TrainingIdentity, latest
-from train.loop import ExecutionConfig, Objective, TrainingFolder, run_loop, write_identity
+from train.loop import ExecutionConfig, Objective, TrainingConfig, TrainingFolder, run_loop, write_identity
 from train.progress import OnProgress, TrainingResult, follow
 
 # Most of what one `fit` costs is starting helper processes that each import Ray and torch. These turn off, or speed up,
@@ -32,18 +33,19 @@ UNUSED_CALLBACKS = {
     "PlacementGroupCleanerCallback",  # asks the dashboard, each second, whether the driver lives
     "DatasetsCallback",  # serves Ray Data, which does not feed these trainings
 }
+RESIZE_INTERVAL_S = 60.0  # between two looks at whether the cluster has room for more workers
 WORKER_ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it, deterministic matrix products raise on a GPU
 }
 
 
 def training_identity(
-    objective_name: str, config: Any, data_id: str, data_sha256: str, start_digest: str | None = None
+    objective_name: str, config: TrainingConfig, data_id: str, data_sha256: str, start_digest: str | None = None
 ) -> TrainingIdentity:
     """An objective's name, its options, its data and the weights that it begins with -> what decides the weights. How it
     is executed does not.
     """
-    options = config.model_dump(mode="json", exclude={"execution"})
+    options = config.identity()
     if start_digest is not None:
         options["start"] = start_digest
     return TrainingIdentity(objective_name, short_hash({"objective": objective_name, **options}), data_id, data_sha256)
@@ -80,6 +82,11 @@ def _fit(objective: Objective, identity: TrainingIdentity, folder: TrainingFolde
     import ray.train.torch
     from ray import cloudpickle
 
+    from train.elastic import FittingWorkers
+
+    execution, fitting = objective.config.execution, objective.config.fitting_workers()
+    is_elastic = execution.min_workers is not None
+
     class LeanTorchTrainer(ray.train.torch.TorchTrainer):
         """Without the helper actors that this training has no use for: seconds less for each start."""
 
@@ -87,14 +94,19 @@ def _fit(objective: Objective, identity: TrainingIdentity, folder: TrainingFolde
             made = super()._create_default_callbacks()  # type: ignore[misc]
             return [callback for callback in made if type(callback).__name__ not in UNUSED_CALLBACKS]
 
-    execution = objective.config.execution
+        def _initialize_and_run_controller(self, **options: Any) -> Any:
+            if is_elastic:
+                options["scaling_policy"] = FittingWorkers(self.scaling_config, fitting)
+            return super()._initialize_and_run_controller(**options)  # type: ignore[misc]
+
     trainer = LeanTorchTrainer(
         _worker,
         # As bytes: Ray's controller looks at this dictionary, and would import all that it names just to pass it on.
         train_loop_config={"training": cloudpickle.dumps((objective, identity, folder.path))},
         torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if execution.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=execution.num_workers,
+            num_workers=(fitting[0], fitting[-1]) if is_elastic else execution.num_workers,  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,  # type: ignore[call-arg]
             use_gpu=execution.use_gpu,
             resources_per_worker={"CPU": execution.num_threads, **({"GPU": 1} if execution.use_gpu else {})},
         ),
@@ -123,6 +135,9 @@ def _worker(arguments: dict[str, bytes]) -> None:
     from ray import cloudpickle
 
     objective, identity, storage = cloudpickle.loads(arguments["training"])
+    # They may be fewer than were asked for, and each have more to do.
+    config = objective.config.by_workers(ray.train.get_context().get_world_size())
+    objective = replace(objective, config=config)
     run_loop(objective, identity, storage, lambda figures: ray.train.report(dict(figures)))
 
 
@@ -130,13 +145,14 @@ def _worker(arguments: dict[str, bytes]) -> None:
 def _ray(execution: ExecutionConfig) -> Iterator[None]:
     import ray
 
-    cpus = execution.num_workers * execution.num_threads
+    needed = execution.min_workers or execution.num_workers
+    cpus = needed * execution.num_threads
     if ray.is_initialized():
         resources = ray.cluster_resources()
         if len(ray.nodes()) == 1 and resources.get("CPU", 0) < cpus:
             raise ConfigError(
                 f"found {resources.get('CPU', 0):.0f} CPUs in the Ray cluster, expected at least {cpus} for "
-                f"{execution.num_workers} workers of {execution.num_threads} threads: lower one of the two"
+                f"{needed} workers of {execution.num_threads} threads: lower one of the two"
             )
         _check_gpus(execution)
         yield
@@ -159,10 +175,10 @@ def _check_gpus(execution: ExecutionConfig) -> None:
     """Raises: ConfigError if workers would wait for ever for a GPU that no node has."""
     import ray
 
-    found = ray.cluster_resources().get("GPU", 0)
-    if execution.use_gpu and len(ray.nodes()) == 1 and found < execution.num_workers:
+    found, needed = ray.cluster_resources().get("GPU", 0), execution.min_workers or execution.num_workers
+    if execution.use_gpu and len(ray.nodes()) == 1 and found < needed:
         raise ConfigError(
-            f"found {found:.0f} GPUs in the Ray cluster, expected {execution.num_workers}, one for each worker: "
+            f"found {found:.0f} GPUs in the Ray cluster, expected {needed}, one for each worker: "
             "lower num_workers, or set use_gpu to false"
         )
 

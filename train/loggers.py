@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Protocol
 
 from schemas.errors import ConfigError
+from train.samples import Sample
 
 TENSORBOARD = "tensorboard"
 
 
 class Logger(Protocol):
-    """What a hook returns. Only the first worker has one."""
+    """What a hook returns. Only the first worker has one. One with a method `write_samples(step, samples)` is also given what
+    is drawn meanwhile (train.samples).
+    """
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Figures after `step` steps."""
@@ -34,6 +37,11 @@ class TensorBoardLogger:
         """One point of each curve."""
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
+
+    def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """One picture of each prompt, or one for each frame of its clip."""
+        for sample in samples:
+            self._writer.add_images(f"samples/{sample.prompt}", sample.frames, step, dataformats="NHWC")
 
     def close(self) -> None:
         """Write what is left."""

@@ -5,12 +5,13 @@ So a training that was killed and resumed ends with the very weights of one that
 (workers, threads, kind of machine) is the same; another layout changes rounding only.
 """
 
+import ctypes
 import fcntl
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -33,16 +34,20 @@ from train.meter import Meter, Work
 from train.optim import NetworkUpdate, OptimConfig
 from train.parallelize import barrier, num_workers, rank, reduce_figures, reduce_step, share_batch_norm
 from train.progress import ProgressLog, read_losses
+from train.samples import Sample
 from train.sharding import gather_model
 
 LOCK_WAIT_S = 60.0
 SEED_LIMIT = 2**63
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 class ExecutionConfig(Config):
     """How a training runs, which leaves its result alone up to rounding: no part of its identity."""
 
     num_workers: int = Field(default=1, ge=1)
+    min_workers: int | None = later_option(None, ge=1)
+    """With how many workers it starts, or goes on, while the cluster has no room for `num_workers`; None: with no fewer."""
     num_threads: int = Field(default=2, ge=1)
     """CPU threads, and CPUs asked of Ray, for each worker. Another number rounds differently."""
     use_gpu: bool = False
@@ -77,24 +82,44 @@ class TrainingConfig(Config):
     optim: OptimConfig = OptimConfig()
     execution: ExecutionConfig = ExecutionConfig()
 
+    def identity(self) -> dict[str, Any]:
+        """What the weights depend on: not how the training is executed."""
+        return self.model_dump(mode="json", exclude={"execution"})
+
+    def by_workers(self, num_workers: int) -> Self:
+        """The same training, by so many workers."""
+        return self.model_copy(update={"execution": self.execution.model_copy(update={"num_workers": num_workers})})
+
     def is_due(self, every: int | None, done: int) -> bool:
         """Whether something that happens so often, and at the end, happens after these many steps."""
         return done == self.steps or (every is not None and done % every == 0)
 
-    @model_validator(mode="after")
-    def _check_shares(self) -> Self:
-        workers, spread = self.execution.num_workers, self.execution.spread
-        together = spread.shard * spread.workers_per_row
-        if workers % together:
-            raise ValueError(
-                f"found num_workers {workers}, expected a multiple of shard x context x tensor = {together}"
-            )
-        readers = workers // spread.workers_per_row
+    def fitting_workers(self) -> tuple[int, ...]:
+        """The numbers of workers that it may run with, rising: those that its layout and its batch can be shared among."""
+        most, least = self.execution.num_workers, self.execution.min_workers
+        return tuple(count for count in range(least or most, most + 1) if self._misfit(count) is None)
+
+    def _misfit(self, workers: int) -> str | None:
+        """Why so many workers cannot share layout and batch, None if they can."""
+        spread = self.execution.spread
+        if workers % spread.group:
+            return f"{workers}, expected a multiple of shard x context x tensor = {spread.group}"
+        readers = spread.readers(workers)
         if self.batch_size < readers or (not spread.is_whole and self.batch_size % readers):
             expected = "at least one row for each worker" if spread.is_whole else "as many rows for each worker"
-            raise ValueError(
-                f"found batch_size {self.batch_size}, expected {expected} that reads its own: {readers} do"
-            )
+            return f"{workers} and batch_size {self.batch_size}, expected {expected} that reads its own: {readers} do"
+        return None
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> Self:
+        spread, most, least = self.execution.spread, self.execution.num_workers, self.execution.min_workers
+        if least is not None and least > most:
+            raise ValueError(f"found min_workers {least}, expected at most num_workers {most}")
+        for name, workers in (("num_workers", most), ("min_workers", least or most)):
+            if (misfit := self._misfit(workers)) is not None:
+                raise ValueError(f"found {name} {misfit}")
+        if self.optim.matrices == "muon" and not spread.is_whole:
+            raise ValueError("found optim.matrices 'muon' and a layout, expected 'adamw': Muon needs whole matrices")
         return self
 
 
@@ -142,8 +167,12 @@ class Objective(Protocol):
         """The terms of held-out data, of which each worker works out a share; none without such data."""
         ...
 
+    def samples(self, model: nn.Module, done: int, mesh: Mesh) -> list[Sample]:
+        """What the first worker draws after these many steps, if it is time for it; nothing on the others."""
+        ...
+
     def work(self, rows: Rows) -> Work:
-        """What rows of a batch are to compute."""
+        """What rows of a batch are to compute. Asked of the first worker."""
         ...
 
     def export(self, model: nn.Module, folder: Path) -> None:
@@ -179,6 +208,10 @@ class WeightsOnly:
     def evaluate(self, model: nn.Module, mesh: Mesh) -> dict[str, Term]:
         """Nothing is held out."""
         return {}
+
+    def samples(self, model: nn.Module, done: int, mesh: Mesh) -> list[Sample]:
+        """Nothing is drawn."""
+        return []
 
     def work(self, rows: Rows) -> Work:
         """Rows, whatever they cost."""
@@ -234,6 +267,7 @@ def run_loop(objective: Objective, identity: TrainingIdentity, storage: Path, re
     """
     config, folder = objective.config, TrainingFolder(storage)
     use_exact_arithmetic(config.execution.num_threads)
+    return_freed_memory()
     mesh = build_mesh(config.execution.spread, _device(config.execution))
     with _only_writer(folder.lock):
         torch.manual_seed(_mixed(config.seed, 0))
@@ -245,25 +279,28 @@ def run_loop(objective: Objective, identity: TrainingIdentity, storage: Path, re
         first = restore_latest(folder.checkpoints, model, optimizers, state, identity)
         if first == 0:
             objective.start(model, mesh)
-        journal = _journal(folder, config, mesh, first) if rank() == 0 else None
-        with _writer(folder, identity, config.execution) as writer, journal.closing() if journal else nullcontext():
+        with _writer(folder, identity, config.execution) as writer, _journal(folder, config, mesh, first) as journal:
             for step in range(first, config.steps):
                 rows = batch_indices(config.seed, step, config.batch_size, objective.num_rows())
                 figures = _train_step(objective, model, updates, step, rows, mesh, state)
                 done = step + 1
                 writer.publish()
-                if journal is not None:
+                if rank() == 0:
                     journal.meter.add(objective.work(rows))
                 is_evaluated = config.is_due(config.execution.evaluate_every, done)
-                if is_evaluated:
-                    with journal.meter.paused() if journal else nullcontext():
+                with journal.meter.paused():
+                    if is_evaluated:
                         figures |= _evaluate(objective, model, mesh)
-                if journal is not None and (is_evaluated or config.is_due(config.execution.log_every, done)):
+                if is_evaluated or config.is_due(config.execution.log_every, done):
                     journal.write(done, figures)
+                with journal.meter.paused():
+                    if samples := objective.samples(model, done, mesh):
+                        journal.write_samples(done, samples)
                 if done % config.execution.checkpoint_every == 0 and done < config.steps:
-                    writer.save(done, model, optimizers, state)
-                    if report is not None:
-                        report({"step": done, **figures})
+                    with journal.meter.waiting("checkpoint"):
+                        writer.save(done, model, optimizers, state)
+                        if report is not None:
+                            report({"step": done, **figures})
         whole = gather_model(model, mesh)
         if rank() == 0:
             _finish(objective, whole, folder, config.steps)
@@ -271,11 +308,11 @@ def run_loop(objective: Objective, identity: TrainingIdentity, storage: Path, re
 
 
 def _journal(folder: TrainingFolder, config: TrainingConfig, mesh: Mesh, first: int) -> Journal:
-    return Journal(
-        ProgressLog(folder.progress, config.steps, first),
-        open_loggers(config.execution.loggers, folder.path, first),
-        Meter(num_workers(), mesh.device, config.execution.peak_tflops),
-    )
+    meter = Meter(num_workers(), mesh.device, config.execution.peak_tflops)
+    if rank() != 0:
+        return Journal(None, [], meter)
+    loggers = open_loggers(config.execution.loggers, folder.path, first)
+    return Journal(ProgressLog(folder.progress, config.steps, first), loggers, meter)
 
 
 def _evaluate(objective: Objective, model: nn.Module, mesh: Mesh) -> dict[str, float]:
@@ -298,6 +335,19 @@ def use_exact_arithmetic(num_threads: int) -> None:
     torch.use_deterministic_algorithms(True)
     # Filling fresh memory with NaN finds bugs in kernels, at the price of writing everything twice.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def return_freed_memory() -> None:
+    """Have glibc give blocks of 8 MiB and more back to the system when they are freed.
+
+    It raises the size from which it does so up to 32 MiB as it meets blocks of it. Activations are then cut from heaps, which
+    shrink no more once something small lies at their end: a step of 5,120 tokens takes half as much again. Smaller blocks
+    stay where they are, 128 MiB of them at most at an end, since each page that comes back costs time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # only glibc has it
+        mallopt(M_MMAP_THRESHOLD, 8 << 20)
+        mallopt(M_TRIM_THRESHOLD, 128 << 20)
 
 
 def _train_step(

@@ -9,11 +9,11 @@ Shapes: B rows, L tokens of a row, S tokens of a worker's part of it, K key-valu
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -37,21 +37,52 @@ class LayoutConfig(Config):
     """Workers that share each layer and the vocabulary among them (tensor and sequence parallelism)."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """What is computed in; weights, gradients and optimizer state are float32 in any case."""
+    float8: Literal["off", "tensorwise", "rowwise"] = "off"
+    """Matrix products inside layers multiply numbers of 8 bits, scaled by tensor (the fastest) or by row (closer), for GPUs
+    from H100 on; a CPU rounds alike, at no gain. With `compute = "bfloat16"`, and best compiled.
+    """
     recompute: Literal["nothing", "selective", "full"] = "nothing"
     """Activations that the backward pass works out again: none, all but those of matrix products and attention, or all but
     the input of each layer."""
     compile: bool = False
-    """Layers are compiled: a minute at the start, faster steps on a GPU."""
+    """Layers are compiled: a minute at the start, faster steps on a GPU. With `selective` the compiler chooses what it works
+    out again: all but products and attention, as without it.
+    """
+
+    @model_validator(mode="after")
+    def _check_float8(self) -> Self:
+        if self.float8 != "off" and (self.compute != "bfloat16" or self.tensor > 1):
+            raise ValueError(
+                f"found float8 {self.float8!r} with compute {self.compute!r} and tensor {self.tensor}, expected 'bfloat16' and "
+                "1: what is not a matrix product needs more bits, and scales are those of whole matrices"
+            )
+        return self
 
     @property
     def is_whole(self) -> bool:
         """Whether each worker holds the whole network in float32."""
-        return self.shard * self.context * self.tensor == 1 and self.compute == "float32"
+        return self.group == 1 and self.compute == "float32"
+
+    @property
+    def group(self) -> int:
+        """Workers that hold the network together."""
+        return self.shard * self.workers_per_row
 
     @property
     def workers_per_row(self) -> int:
         """Workers that read the same rows."""
         return self.context * self.tensor
+
+    def readers(self, num_workers: int) -> int:
+        """Of so many workers, the groups that read rows of their own."""
+        return num_workers // self.workers_per_row
+
+    def row_length(self, context_len: int) -> int:
+        """What rows are padded to, so that every worker has as much of them, and float8 multiplies of sizes that it knows."""
+        parts = self.tensor * (2 * self.context if self.context > 1 else 1)
+        if self.float8 != "off":
+            parts *= 16
+        return math.ceil(context_len / parts) * parts
 
 
 @dataclass(frozen=True)
@@ -79,11 +110,6 @@ class Mesh:
             return self.rows.size(0)
         return dist.get_world_size() if dist.is_initialized() else 1
 
-    def row_length(self, context_len: int) -> int:
-        """What rows are padded to, so that every worker has as much of them."""
-        parts = self.layout.tensor * (2 * self.layout.context if self.layout.context > 1 else 1)
-        return math.ceil(context_len / parts) * parts
-
     def share_context(self, batch: TokenBatch) -> tuple[TokenBatch, AttentionPlan | None]:
         """Whole rows -> this worker's tokens of them, and who sees whom; the rows themselves without context parallelism.
 
@@ -107,15 +133,15 @@ def build_mesh(layout: LayoutConfig, device: torch.device) -> Mesh:
     """A layout -> this worker's place, called by all workers, whose number is a multiple of what the layout shares among."""
     if layout.is_whole:
         return Mesh(layout, device)
-    shard = layout.shard * layout.context
     world = dist.get_world_size()
-    replicate = world // (shard * layout.tensor)
     weights = init_device_mesh(
-        device.type, (replicate, shard, layout.tensor), mesh_dim_names=("replicate", "shard", "tensor")
+        device.type,
+        (world // layout.group, layout.shard * layout.context, layout.tensor),
+        mesh_dim_names=("replicate", "shard", "tensor"),
     )
     rows = init_device_mesh(
         device.type,
-        (replicate * layout.shard, layout.context, layout.tensor),
+        (layout.readers(world), layout.context, layout.tensor),
         mesh_dim_names=("data", "context", "tensor"),
     )
     return Mesh(layout, device, weights, rows)

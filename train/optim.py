@@ -96,6 +96,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]  # an adapter has matrices alone
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
     if not matrices:
         return [adamw]

@@ -35,7 +35,7 @@ def reduce_step(model: nn.Module, terms: Mapping[str, Term], layout: LayoutConfi
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     figures = _stacked(terms)
     if not layout.is_whole:  # gradients are added up already
-        figures = _sum_of_rows(figures, layout)
+        figures = sum_of_rows(figures, layout)
     elif num_workers() > 1:
         # One message: small ones cost a round trip each.
         flat = torch.cat([gradient.flatten() for gradient in gradients] + [figures])
@@ -52,7 +52,7 @@ def reduce_step(model: nn.Module, terms: Mapping[str, Term], layout: LayoutConfi
 
 def reduce_figures(terms: Mapping[str, Term], layout: LayoutConfig) -> dict[str, float]:
     """The global mean of each term; a term that nothing was weighed for is left out."""
-    return _means(_unstacked(_sum_of_rows(_stacked(terms), layout), terms))
+    return _means(_unstacked(sum_of_rows(_stacked(terms), layout), terms))
 
 
 def _stacked(terms: Mapping[str, Term]) -> Tensor:
@@ -67,7 +67,7 @@ def _means(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: total / weight for name, (total, weight) in sums.items() if weight}
 
 
-def _sum_of_rows(figures: Tensor, layout: LayoutConfig) -> Tensor:
+def sum_of_rows(figures: Tensor, layout: LayoutConfig) -> Tensor:
     """The sum over all rows; workers of a tensor group have the same ones."""
     return sum_over_workers(figures) / layout.tensor
 

@@ -18,25 +18,37 @@ import torch
 
 from model.transformer import TransformerConfig
 from schemas.errors import ConfigError
+from train.adapter import AdapterConfig, Target, adapter_parameters, projection_sizes
 from train.gpus import GIB
 from train.head_loss import HeadLossConfig
 from train.mesh import LayoutConfig
+from train.meter import layer_matrices
 
 # Ours: the CUDA context and memory that falls between allocations; with other workers also what NCCL holds.
 RESERVE_GIB, RESERVE_ALONE_GIB = 6.0, 2.0
 MIN_CHUNK_TOKENS = 256
 
-Moment = Literal["loss", "backward", "end"]
+Moment = Literal["loss", "backward", "end", "samples"]
 LOSS: tuple[Moment, ...] = ("loss",)
 BACKWARD: tuple[Moment, ...] = ("backward",)
 END: tuple[Moment, ...] = ("end",)
-MOMENTS = (*LOSS, *BACKWARD, *END)
+SAMPLES: tuple[Moment, ...] = ("samples",)
+ALWAYS = (*LOSS, *BACKWARD, *END, *SAMPLES)
+# Linear layers that read the same numbers.
+SHARED_INPUTS: tuple[tuple[Target, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("o_proj",),
+    ("gate_proj", "up_proj"),
+    ("down_proj",),
+)
 
 
 @dataclass(frozen=True)
 class Workload:
     """A transformer, how it is spread, and the rows that go through it: `rows` of a worker in a step, `rows_at_once` of them
-    together, each of `row_len` tokens with its padding.
+    together, each of `row_len` tokens with its padding. With an adapter nothing else is trained. With `is_whole_rows` several
+    workers cannot share one. `has_frozen_copy`: beside it stands a whole one in float32 (the reference of preferences).
+    `draws_samples`: now and then the first worker holds a whole copy in what is computed in.
     """
 
     architecture: TransformerConfig
@@ -46,6 +58,10 @@ class Workload:
     rows: int
     rows_at_once: int
     row_len: int
+    adapter: AdapterConfig | None = None
+    is_whole_rows: bool = False
+    has_frozen_copy: bool = False
+    draws_samples: bool = False
 
     @property
     def width(self) -> int:
@@ -53,14 +69,9 @@ class Workload:
         return 2 if self.layout.compute == "bfloat16" else 4
 
     @property
-    def group(self) -> int:
-        """Workers that hold the network together."""
-        return self.layout.shard * self.layout.workers_per_row
-
-    @property
     def readers(self) -> int:
         """Groups of workers that read rows of their own."""
-        return self.num_workers // self.layout.workers_per_row
+        return self.layout.readers(self.num_workers)
 
     @property
     def parts(self) -> int:
@@ -94,9 +105,14 @@ class MemoryPlan:
         return sum(row.num_bytes for row in self.rows if moment in row.moments)
 
     @property
+    def moments(self) -> tuple[Moment, ...]:
+        """Of those that there are, all but `samples` where no copy is drawn with."""
+        return ALWAYS if any(row.moments == SAMPLES for row in self.rows) else (*LOSS, *BACKWARD, *END)
+
+    @property
     def worst(self) -> Moment:
         """When it is most."""
-        return max(MOMENTS, key=self.at)
+        return max(self.moments, key=self.at)
 
     @property
     def peak(self) -> float:
@@ -105,10 +121,8 @@ class MemoryPlan:
 
 
 def layer_parameters(architecture: TransformerConfig) -> int:
-    """Numbers that a layer learns."""
-    a = architecture
-    attention = a.hidden_size * a.head_dim * 2 * (a.num_heads + a.num_kv_heads)
-    return attention + 3 * a.hidden_size * a.intermediate_size + 2 * a.hidden_size
+    """Numbers that a layer learns: its matrices and two norms."""
+    return layer_matrices(architecture) + 2 * architecture.hidden_size
 
 
 def num_parameters(architecture: TransformerConfig) -> int:
@@ -117,14 +131,21 @@ def num_parameters(architecture: TransformerConfig) -> int:
     return a.num_layers * layer_parameters(a) + 2 * a.vocab_size * a.hidden_size + a.hidden_size
 
 
+def num_trained(load: Workload) -> int:
+    """Numbers that a training changes: all, or those of the adapter."""
+    a = load.architecture
+    return num_parameters(a) if load.adapter is None else a.num_layers * adapter_parameters(a, load.adapter)
+
+
 def kept_by_layer(load: Workload, recompute: str | None = None) -> float:
     """Bytes that a layer keeps of each token from the forward to the backward pass, under `recompute` or the layout's own.
 
-    nothing: of each norm its input in float32, its output before and after the weight; queries, keys and values turned;
-    attention's output, twice, and the logarithms of its sums; gate, its SiLU, up and their product; a byte of each dropped
-    number. selective: the input, and what KEPT_OPERATORS gave. full: the input.
+    nothing: of each norm its input, its scale and its output; queries, keys and values turned; attention's output, twice, and
+    the logarithms of its sums; gate, up and their product; a byte of each dropped number. selective: the input, and what
+    KEPT_OPERATORS gave. full: the input.
 
-    Tensor parallelism divides all but the norms' outputs, which each worker needs whole.
+    Tensor parallelism divides all but the norms' outputs, which each worker needs whole. Beside an adapter weights are frozen,
+    so that what goes into them is kept for the adapter's sake alone (`_kept_beside_adapter`).
     """
     a, b, tensor = load.architecture, load.width, load.layout.tensor
     heads, keys = a.num_heads * a.head_dim, 2 * a.num_kv_heads * a.head_dim
@@ -133,19 +154,50 @@ def kept_by_layer(load: Workload, recompute: str | None = None) -> float:
         case "full":
             return a.hidden_size * b / tensor
         case "selective":
-            products = 2 * a.hidden_size + heads + keys + 2 * a.intermediate_size
+            products = 2 * a.hidden_size + heads + keys + 2 * a.intermediate_size + _adapter_products(load)
             return ((a.hidden_size + products + heads) * b + sums) / tensor
-    norms = 2 * (4 + b) * a.hidden_size / tensor + 2 * b * a.hidden_size
+    if load.adapter is not None:
+        return _kept_beside_adapter(load, load.adapter)
+    norms = 2 * (b * a.hidden_size + 4) / tensor + 2 * b * a.hidden_size
     dropped = 2 * a.hidden_size if a.dropout else 0
-    inner = (3 * heads + keys + 4 * a.intermediate_size) * b
+    inner = (3 * heads + keys + 3 * a.intermediate_size) * b
     return norms + (inner + sums + dropped) / tensor
+
+
+def keys_and_values(load: Workload) -> float:
+    """Bytes of a token's keys and values on a worker."""
+    return 2 * load.architecture.num_kv_heads * load.architecture.head_dim * load.width / load.layout.tensor
+
+
+def _adapter_products(load: Workload) -> int:
+    """Numbers of a token that the matrix products of a layer's adapter give."""
+    if load.adapter is None:
+        return 0
+    sizes = projection_sizes(load.architecture)
+    return sum(load.adapter.rank + sizes[target][1] for target in load.adapter.targets)
+
+
+def _kept_beside_adapter(load: Workload, adapter: AdapterConfig) -> float:
+    """As `kept_by_layer`, of frozen weights and an adapter: of each norm its input and scale; what goes into adapters, once for
+    those that share it, or with dropout each one's own and a byte of each dropped number; what the first of their two
+    matrices gives; queries, keys and values turned, attention's output and the logarithms of its sums; gate and up.
+    """
+    a, b = load.architecture, load.width
+    heads, keys = a.num_heads * a.head_dim, 2 * a.num_kv_heads * a.head_dim
+    sizes = projection_sizes(a)
+    inputs = [sizes[target][0] for target in adapter.targets]
+    shared = [sizes[group[0]][0] for group in SHARED_INPUTS if set(group) & set(adapter.targets)]
+    entering = sum(inputs) * (b + 1) if adapter.dropout else sum(shared) * b
+    dropped = 2 * a.hidden_size if a.dropout else 0
+    inner = (2 * (a.hidden_size + heads + a.intermediate_size) + keys + adapter.rank * len(inputs)) * b
+    return 8 + entering + inner + 4 * a.num_heads + dropped
 
 
 def plan_memory(load: Workload) -> MemoryPlan:
     """A workload -> what each worker holds. What is gathered is there only where weights are shared or computed in another
     dtype than they are kept in.
     """
-    rows = [*_always(load), *_activations(load), *_loss(load), *_backward(load), *_end(load)]
+    rows = [*_always(load), *_activations(load), *_loss(load), *_backward(load), *_end(load), *_samples(load)]
     return MemoryPlan(tuple(row for row in rows if row.num_bytes))
 
 
@@ -177,14 +229,19 @@ def gib(num_bytes: float) -> str:
 
 
 def _always(load: Workload) -> Iterator[MemoryRow]:
-    a, tensor = load.architecture, load.layout.tensor
-    state = 16 * num_parameters(a) / load.group
-    yield MemoryRow("weights, gradients, moments", state, MOMENTS, f"16 bytes a parameter, over {load.group} workers")
+    a, tensor, group = load.architecture, load.layout.tensor, load.layout.group
+    state = 16 * num_trained(load) / group
+    yield MemoryRow("weights, gradients, moments", state, ALWAYS, f"16 bytes a parameter, over {group} workers")
+    if load.adapter is not None:
+        frozen = load.width * num_parameters(a) / group
+        yield MemoryRow("frozen weights", frozen, ALWAYS, f"{load.width} bytes a parameter, over {group} workers")
     if not load.layout.is_whole:
         root = (a.vocab_size / tensor + 1) * a.hidden_size * load.width
-        yield MemoryRow("head and last norm, gathered", root, MOMENTS, "FSDP2 keeps its root unit through the step")
+        yield MemoryRow("head and last norm, gathered", root, ALWAYS, "FSDP2 keeps its root unit through the step")
+    if load.has_frozen_copy:
+        yield MemoryRow("frozen copy", 4 * num_parameters(a), ALWAYS, "the reference, float32, whole on each worker")
     reserve = RESERVE_GIB if load.num_workers > 1 else RESERVE_ALONE_GIB
-    yield MemoryRow("reserve", reserve * GIB, MOMENTS, "fragmentation, NCCL, the CUDA context; ours")
+    yield MemoryRow("reserve", reserve * GIB, ALWAYS, "fragmentation, NCCL, the CUDA context; ours")
 
 
 def _activations(load: Workload) -> Iterator[MemoryRow]:
@@ -193,13 +250,17 @@ def _activations(load: Workload) -> Iterator[MemoryRow]:
     held = (*LOSS, *BACKWARD)
     reason = f"{size / 1024:.1f} KiB a token, {load.tokens} tokens at once, recompute {load.layout.recompute!r}"
     yield MemoryRow(f"activations of {layers} layers", layers * size * load.tokens, held, reason)
-    last_norm, rotary = (4 + 2 * b) * a.hidden_size / tensor, 8 * a.head_dim
+    last_norm, rotary = 2 * b * a.hidden_size / tensor, 8 * a.head_dim
     embedded = (b + bool(a.dropout)) * a.hidden_size / tensor
-    outer = (last_norm + rotary + embedded) * load.tokens
-    yield MemoryRow("activations around them", outer, held, "embedding, last norm, rotary tables")
+    if load.adapter is None:
+        outer = (last_norm + rotary + embedded) * load.tokens
+        yield MemoryRow("activations around them", outer, held, "embedding, last norm, rotary tables")
+    else:  # a frozen embedding keeps nothing
+        outer = (last_norm + rotary) * load.tokens
+        yield MemoryRow("activations around them", outer, LOSS, "last norm, rotary tables")
     if load.layout.context > 1:
         is_kept = load.layout.recompute == "nothing"
-        others = _keys_and_values(load) * (load.layout.context - 1) * load.tokens * (layers if is_kept else 1)
+        others = keys_and_values(load) * (load.layout.context - 1) * load.tokens * (layers if is_kept else 1)
         kept = held if is_kept else BACKWARD
         yield MemoryRow("keys and values of others", others, kept, "of whole rows, gathered over context")
 
@@ -216,7 +277,7 @@ def _loss(load: Workload) -> Iterator[MemoryRow]:
     yield MemoryRow(
         "logits of a chunk", chunk * a.vocab_size / tensor * size, LOSS, f"{chunk} tokens, {size} bytes each"
     )
-    head = 4 * a.vocab_size * a.hidden_size / tensor
+    head = 0 if load.adapter is not None else 4 * a.vocab_size * a.hidden_size / tensor
     yield MemoryRow("gradient of the head", head, LOSS, "added up in float32")
     hidden = load.tokens * a.hidden_size * b * (3 if tensor > 1 else 1)
     yield MemoryRow("gradients of hidden states", hidden, LOSS, "all tokens at once, and whole with tensor")
@@ -234,6 +295,11 @@ def _backward(load: Workload) -> Iterator[MemoryRow]:
     if load.layout.is_whole:
         return
     # The layer, the next one, its gradient, and the float32 message that shares out the gradient of the one before.
+    if load.adapter is not None:
+        added = adapter_parameters(a, load.adapter)
+        both = (layer_parameters(a) + added) * 2 * b + added * (b + 4)
+        yield MemoryRow("layers, gathered", both, BACKWARD, "one, one ahead, an adapter's gradient and its message")
+        return
     layer = layer_parameters(a) / tensor * (2 * b + b + 4)
     yield MemoryRow("layers, gathered", layer, BACKWARD, "one, one ahead, a gradient and its float32 message")
     yield MemoryRow("gradient of the head, kept", a.vocab_size * a.hidden_size / tensor * b, BACKWARD, "until the end")
@@ -246,26 +312,29 @@ def _slopes(load: Workload) -> float:
     """
     a, b, layout = load.architecture, load.width, load.layout
     heads = a.num_heads * a.head_dim
-    messages = 2 * _keys_and_values(load) * layout.tensor if layout.context > 1 else 0
+    messages = 2 * keys_and_values(load) * layout.tensor if layout.context > 1 else 0
     mlp = 2 * a.intermediate_size * b
     attention = heads * (4 + 2 * b) + (2 * heads * b + messages) * layout.context
     return (2 * a.hidden_size * b + max(mlp, attention)) / layout.tensor
 
 
-def _keys_and_values(load: Workload) -> float:
-    """Bytes of a token's keys and values on a worker."""
-    return 2 * load.architecture.num_kv_heads * load.architecture.head_dim * load.width / load.layout.tensor
-
-
 def _end(load: Workload) -> Iterator[MemoryRow]:
     a, b = load.architecture, load.width
     if load.layout.is_whole:
-        copy = 4 * num_parameters(a) if load.num_workers > 1 else 0
+        copy = 4 * num_trained(load) if load.num_workers > 1 else 0
         yield MemoryRow("gradients in one message", copy, END, "summed over workers at once, float32")
         return
+    if load.adapter is not None:
+        return  # neither has a gradient
     # The embedding gathered, its gradient, the float32 message, and the gradient of the head that waits.
     size = a.vocab_size * a.hidden_size / load.layout.tensor * (3 * b + 4)
     yield MemoryRow("embedding and head hand over", size, END, "embedding, two gradients, a float32 message")
+
+
+def _samples(load: Workload) -> Iterator[MemoryRow]:
+    if load.draws_samples and not load.layout.is_whole:
+        copy = load.width * num_parameters(load.architecture)
+        yield MemoryRow("a whole copy", copy, SAMPLES, "on the first worker, to draw with")
 
 
 def _remedies(load: Workload, peak: float) -> list[tuple[str, float]]:
@@ -275,39 +344,42 @@ def _remedies(load: Workload, peak: float) -> list[tuple[str, float]]:
 
 
 def _changes(load: Workload) -> Iterator[tuple[str, Workload]]:
-    layout, readers = load.layout, load.readers
-    if readers > layout.shard:
-        yield (
-            f"set execution.layout.shard to {readers}",
-            replace(load, layout=layout.model_copy(update={"shard": readers})),
-        )
-    more = layout.model_copy(update={"shard": 2 * layout.shard})
-    workers = 2 * load.num_workers
-    yield (
-        f"set execution.num_workers to {workers} and execution.layout.shard to {2 * layout.shard}",
-        _with_workers(load, more, workers),
-    )
-    if layout.compute == "float32":
-        yield "set execution.layout.compute to 'bfloat16'", _with(load, compute="bfloat16")
+    layout = load.layout
+    if load.has_frozen_copy:
+        yield "set reference to 'stored'", replace(load, has_frozen_copy=False)
+    else:
+        yield from _spread(load)
+    if load.draws_samples:
+        yield "leave out execution.samples", replace(load, draws_samples=False)
     for kind in {"nothing": ("selective", "full"), "selective": ("full",)}.get(layout.recompute, ()):
         yield f"set execution.layout.recompute to {kind!r}", _with(load, recompute=kind)
     if load.rows_at_once > 1:
         yield "set execution.rows_at_once to 1", replace(load, rows_at_once=1)
-    more = layout.model_copy(update={"context": 2 * layout.context})
-    yield (
-        f"set execution.num_workers to {workers} and execution.layout.context to {2 * layout.context}",
-        _with_workers(load, more, workers),
-    )
     if load.head_loss.chunk_tokens > MIN_CHUNK_TOKENS or load.head_loss.kind == "whole":
         small = HeadLossConfig(chunk_tokens=MIN_CHUNK_TOKENS)
         yield f"set execution.head_loss.chunk_tokens to {MIN_CHUNK_TOKENS}, chunked", replace(load, head_loss=small)
 
 
-def _with(load: Workload, **changes: str) -> Workload:
+def _spread(load: Workload) -> Iterator[tuple[str, Workload]]:
+    """The network, and rows, over more workers, and the network in fewer bits."""
+    layout, readers, workers = load.layout, load.readers, 2 * load.num_workers
+    if readers > layout.shard:
+        yield f"set execution.layout.shard to {readers}", _with(load, shard=readers)
+    for kind, size in {"shard": layout.shard, "context": layout.context}.items():
+        if kind == "shard" or not load.is_whole_rows:
+            yield (
+                f"set execution.num_workers to {workers} and execution.layout.{kind} to {2 * size}",
+                _with_workers(load, layout.model_copy(update={kind: 2 * size}), workers),
+            )
+    if layout.compute == "float32":
+        yield "set execution.layout.compute to 'bfloat16'", _with(load, compute="bfloat16")
+
+
+def _with(load: Workload, **changes: str | int) -> Workload:
     return replace(load, layout=load.layout.model_copy(update=changes))
 
 
 def _with_workers(load: Workload, layout: LayoutConfig, num_workers: int) -> Workload:
     """The same batch over more workers."""
-    rows = max(1, load.rows * load.readers // (num_workers // layout.workers_per_row))
+    rows = max(1, load.rows * load.readers // layout.readers(num_workers))
     return replace(load, layout=layout, num_workers=num_workers, rows=rows, rows_at_once=min(rows, load.rows_at_once))

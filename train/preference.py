@@ -25,9 +25,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model.transformer import Transformer, TransformerConfig
-from model.weights import describe_language_model, save_language_model
+from model.weights import describe_language_model
 from schemas.document import TokenWeights
 from schemas.errors import ConfigError, SchemaError
+from schemas.recipe import later_option
+from train.adapter import AdapterConfig, adapter_off, save_trained
 from train.batches import Rows, SequenceData, SequenceFile, open_sequences, token_batch
 from train.files import publish_file
 from train.head_loss import HeadLossConfig, token_nll
@@ -37,8 +39,11 @@ from train.language import (
     SequenceLoss,
     Start,
     build_transformer,
+    check_adapter,
     check_fits,
     check_held_out,
+    check_split,
+    due_samples,
     held_out_terms,
     pass_through,
 )
@@ -47,9 +52,10 @@ from train.loop import TrainingConfig, WeightsOnly
 from train.losses import Term
 from train.mesh import Mesh
 from train.meter import Work
-from train.parallelize import barrier, broadcast_int, rank, sum_over_workers
+from train.parallelize import barrier, broadcast_int, rank, sum_of_rows
 from train.planner import Workload
 from train.progress import OnProgress, TrainingResult
+from train.samples import Sample, check_samples
 
 OBJECTIVE = "dpo"
 REFERENCE_FILE = "reference.safetensors"
@@ -72,9 +78,12 @@ class DpoConfig(TrainingConfig):
     the EOL, EOF, EOI and EOS that the grammar forces. The prompt and frames that were given never count."""
     normalise_length: bool = False
     """Whether a drawing's log-probability is divided by its number of tokens, for pairs of unequal size; then raise beta."""
-    reference: Literal["stored", "copy"] = "stored"
+    reference: Literal["stored", "copy", "base"] = "stored"
     """The log-probabilities of the weights that it begins with: worked out before the first step and `stored`, or worked out
-    at each step by a frozen `copy`, which takes its room in memory and a quarter more time."""
+    at each step by a frozen `copy`, which takes its room in memory and a quarter more time, or by the `base` of an adapter,
+    which is there already: the model with its adapter switched off."""
+    adapter: AdapterConfig | None = later_option(None)
+    """What is trained in place of the weights that it begins with, if not these themselves."""
     execution: LanguageExecutionConfig = LanguageExecutionConfig()
 
     @model_validator(mode="after")
@@ -90,9 +99,22 @@ class DpoConfig(TrainingConfig):
             raise ValueError("found reference 'copy' and a layout, expected 'stored': the copy is held whole")
         return self
 
+    @model_validator(mode="after")
+    def _check_adapter(self) -> Self:
+        check_adapter(self.adapter, self.execution, self.optim)
+        if self.adapter is None and self.reference == "base":
+            raise ValueError("found reference 'base' and no adapter, expected 'stored': the weights themselves change")
+        if self.adapter is not None and self.adapter.dropout:
+            raise ValueError(
+                f"found adapter.dropout {self.adapter.dropout}, expected 0: the reference has none, and noise in one of "
+                "the two would be taken for a preference"
+            )
+        return self
+
     def workload(self, architecture: TransformerConfig, pair_len: int) -> Workload:
         """What a worker is to compute with pairs of this length, as the planner asks it."""
-        return self.execution.workload(architecture, self.batch_size, pair_len)
+        load = self.execution.workload(architecture, self.batch_size, pair_len, self.adapter)
+        return replace(load, is_whole_rows=True, has_frozen_copy=self.reference == "copy")
 
 
 def sequence_log_probs(passed: Passed, config: HeadLossConfig) -> tuple[Tensor, Tensor]:
@@ -163,7 +185,7 @@ class DpoObjective(WeightsOnly):
         """
         architecture, _, _ = describe_language_model(self.begin.folder)
         check_fits(self.config.workload(architecture, self.data.context_len), mesh)
-        return load_start(self.begin.folder, mesh, self.data.vocabulary.pad)
+        return load_start(self.begin.folder, mesh, self.data.vocabulary.pad, self.config.adapter)
 
     def parts(self, rows: Rows) -> Sequence[Rows]:
         """Pairs in groups of `rows_at_once`."""
@@ -171,7 +193,7 @@ class DpoObjective(WeightsOnly):
 
     def start(self, model: nn.Module, mesh: Mesh) -> None:
         """Work the reference's log-probabilities out while the model still is the reference."""
-        if self.config.reference == "copy" or broadcast_int(int(self.reference_file.exists())):
+        if self.config.reference != "stored" or broadcast_int(int(self.reference_file.exists())):
             return
         found_N2 = self._measure(model, mesh)
         stored_reference.cache_clear()
@@ -184,7 +206,7 @@ class DpoObjective(WeightsOnly):
     def loss(self, model: nn.Module, rows: Rows, step: int, mesh: Mesh, state: dict[str, Tensor]) -> dict[str, Term]:
         """Pairs -> the terms of `preference_terms`."""
         log_probs_B2, counts_B2 = self._log_probs(model, rows, mesh)
-        return preference_terms(log_probs_B2, self._reference(rows, mesh), counts_B2, self.config)
+        return preference_terms(log_probs_B2, self._reference(model, rows, mesh), counts_B2, self.config)
 
     def evaluate(self, model: nn.Module, mesh: Mesh) -> dict[str, Term]:
         """The next-token loss of held-out sequences, as in pretraining: what preferences must not cost."""
@@ -194,15 +216,19 @@ class DpoObjective(WeightsOnly):
             model, self.held_out, SequenceLoss(TokenWeights(), "weights", self.config.execution), mesh
         )
 
+    def samples(self, model: nn.Module, done: int, mesh: Mesh) -> list[Sample]:
+        """Pictures of its prompts."""
+        return due_samples(model, self.data, self.config, done, mesh)
+
     def work(self, rows: Rows) -> Work:
         """Tokens of pairs."""
         file = self._file()
         return Work(sum(len(file.tokens(int(row))) for row in rows), "tokens")
 
     def export(self, model: nn.Module, folder: Path) -> None:
-        """Weights, vocabulary and text tokenizer as a folder."""
+        """Weights, vocabulary and text tokenizer as a folder; an adapter merged into the weights, and on its own."""
         assert isinstance(model, Transformer)
-        save_language_model(folder, model, self.data.vocabulary, self.data.text)
+        save_trained(folder, model, self.begin.folder, self.data.vocabulary, self.data.text)
 
     @property
     def reference_file(self) -> Path:
@@ -213,13 +239,17 @@ class DpoObjective(WeightsOnly):
         file = self._file()
         longest = max(len(file.tokens(int(row))) for row in rows)
         data = replace(self.data, context_len=longest)
-        batch = token_batch(file, rows, data, WEIGHTS[self.config.counted], mesh.row_length(longest)).to(mesh.device)
+        length = mesh.layout.row_length(longest)
+        batch = token_batch(file, rows, data, WEIGHTS[self.config.counted], length).to(mesh.device)
         return sequence_log_probs(pass_through(model, batch, mesh), self.config.execution.head_loss)
 
     @torch.no_grad()
-    def _reference(self, rows: Rows, mesh: Mesh) -> Tensor:
+    def _reference(self, model: nn.Module, rows: Rows, mesh: Mesh) -> Tensor:
         if self.config.reference == "stored":
             return stored_reference(self.reference_file, tuple(self._facts().items()))[rows].to(mesh.device)
+        if self.config.reference == "base":
+            with adapter_off(model):
+                return self._log_probs(model, rows, mesh)[0]
         copy = _frozen_copy(self.begin, mesh, self.data.vocabulary.pad)
         return self._log_probs(copy, rows, mesh)[0]
 
@@ -235,7 +265,7 @@ class DpoObjective(WeightsOnly):
             measured_B2, _ = self._log_probs(model, places % num_pairs, mesh)
             is_new = places < num_pairs
             found_N2[places[is_new]] = measured_B2.cpu()[torch.from_numpy(is_new)]
-        return sum_over_workers(found_N2) / mesh.layout.tensor
+        return sum_of_rows(found_N2, mesh.layout)
 
     def _facts(self) -> dict[str, str]:
         """What stored log-probabilities depend on."""
@@ -245,10 +275,13 @@ class DpoObjective(WeightsOnly):
         return open_sequences(self.data.path)
 
 
-def load_start(folder: Path, mesh: Mesh, pad_token: int) -> Transformer:
-    """A folder of ours, or a published checkpoint -> this worker's part of the transformer, without dropout."""
+def load_start(folder: Path, mesh: Mesh, pad_token: int, adapter: AdapterConfig | None = None) -> Transformer:
+    """A folder of ours, or a published checkpoint -> this worker's part of the transformer, without dropout, and with a fresh
+    adapter if one is to be trained.
+    """
     config, _, _ = describe_language_model(folder)
-    return build_transformer(config.model_copy(update={"dropout": 0.0}), mesh, folder, pad_token=pad_token)
+    config = config.model_copy(update={"dropout": 0.0})
+    return build_transformer(config, mesh, folder, pad_token=pad_token, adapter=adapter)
 
 
 @lru_cache(maxsize=1)
@@ -292,8 +325,15 @@ def train_preferences(
     Raises: ConfigError if options, data, start, folder or cluster do not fit one another.
     """
     check_pairs(data, start)
+    architecture, _, _ = describe_language_model(start.folder)
+    try:
+        check_split(architecture, config.execution.layout)
+    except ValueError as error:
+        raise ConfigError(f"{error}, of the weights in {start.folder}") from error
     if held_out is not None:
         check_held_out(held_out, data)
+    if config.execution.samples is not None:
+        check_samples(config.execution.samples, data, architecture)
     objective = DpoObjective(config, data, start, storage.absolute(), held_out)
     identity = training_identity(OBJECTIVE, config, data.data_id, data.sha256, start.digest)
     return run_training(objective, identity, storage, on_progress)
@@ -304,7 +344,7 @@ def check_pairs(data: SequenceData, start: Start) -> None:
     document is longer than they can see; SchemaError if a row is no pair.
     """
     config, vocabulary, text = describe_language_model(start.folder)
-    if vocabulary != data.vocabulary or text.to_json() != data.text.to_json():
+    if not data.is_written_in(vocabulary, text):
         raise ConfigError(
             f"the pairs {data.data_id} are written in {data.vocabulary}, and {start.folder} knows {vocabulary}, or another "
             "text tokenizer: begin with the checkpoint that drew them, or one that was trained from it"

@@ -14,18 +14,22 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from model.transformer import TRANSFORMER_SIZES, Transformer, TransformerConfig
-from model.weights import describe_language_model, save_language_model
+from model.weights import describe_language_model
 from schemas.document import TokenWeights
 from schemas.errors import ConfigError
 from schemas.recipe import later_option
+from train.adapter import AdapterConfig, save_trained
 from train.batches import Rows, SequenceData, SequenceFile, open_sequences, token_batch
 from train.language import (
     LanguageExecutionConfig,
     SequenceLoss,
     Start,
     build_transformer,
+    check_adapter,
     check_fits,
     check_held_out,
+    check_split,
+    due_samples,
     held_out_terms,
     sequence_terms,
     token_work,
@@ -37,6 +41,7 @@ from train.mesh import Mesh
 from train.meter import Work
 from train.planner import Workload
 from train.progress import OnProgress, TrainingResult
+from train.samples import Sample, check_samples
 
 OBJECTIVE = "pretrain"
 MAY_CHANGE = frozenset({"dropout", "max_position_embeddings"})  # from one stage to the next
@@ -57,6 +62,8 @@ class PretrainConfig(TrainingConfig):
     text_weight: float = later_option(1.0, ge=0, le=1)
     normalise: Normaliser = later_option("weights")
     """What the weighted sum is divided by: the sum of weights, or the number of tokens that have one."""
+    adapter: AdapterConfig | None = later_option(None)
+    """What is trained in place of the weights that it begins with, if not these themselves."""
     execution: LanguageExecutionConfig = LanguageExecutionConfig()
 
     @model_validator(mode="after")
@@ -67,12 +74,8 @@ class PretrainConfig(TrainingConfig):
             raise ValueError("found model.vocab_size, which follows from the data: leave it out")
         if not (self.vision_weight or self.text_weight):
             raise ValueError("found vision_weight and text_weight 0, expected one of them to be learnt")
-        architecture, tensor = self.transformer_config(1), self.execution.layout.tensor
-        if architecture.num_kv_heads % tensor or architecture.intermediate_size % tensor:
-            found = f"{architecture.num_kv_heads} key-value heads and an intermediate_size of {architecture.intermediate_size}"
-            raise ValueError(f"found {found}, expected multiples of layout.tensor {tensor}")
-        if self.optim.matrices == "muon" and not self.execution.layout.is_whole:
-            raise ValueError("found optim.matrices 'muon' and a layout, expected 'adamw': Muon needs whole matrices")
+        check_split(self.transformer_config(1), self.execution.layout)
+        check_adapter(self.adapter, self.execution, self.optim)
         return self
 
     @property
@@ -92,7 +95,8 @@ class PretrainConfig(TrainingConfig):
 
     def workload(self, vocab_size: int, context_len: int) -> Workload:
         """What a worker is to compute with rows of this length, as the planner asks it."""
-        return self.execution.workload(self.transformer_config(vocab_size), self.batch_size, context_len)
+        architecture = self.transformer_config(vocab_size)
+        return self.execution.workload(architecture, self.batch_size, context_len, self.adapter)
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,11 @@ class PretrainObjective(WeightsOnly):
         vocabulary = self.data.vocabulary
         check_fits(self.config.workload(vocabulary.size, self.data.context_len), mesh)
         return build_transformer(
-            self.config.transformer_config(vocabulary.size), mesh, self.weights, pad_token=vocabulary.pad
+            self.config.transformer_config(vocabulary.size),
+            mesh,
+            self.weights,
+            pad_token=vocabulary.pad,
+            adapter=self.config.adapter,
         )
 
     def parts(self, rows: Rows) -> Sequence[Rows]:
@@ -141,14 +149,19 @@ class PretrainObjective(WeightsOnly):
             return {}
         return held_out_terms(model, self.held_out, self.config.loss, mesh)
 
+    def samples(self, model: nn.Module, done: int, mesh: Mesh) -> list[Sample]:
+        """Pictures of its prompts."""
+        return due_samples(model, self.data, self.config, done, mesh)
+
     def work(self, rows: Rows) -> Work:
         """Tokens of rows, without padding, and the operations that they take."""
-        return token_work(self._file(), rows, self.config.transformer_config(self.data.vocabulary.size))
+        architecture = self.config.transformer_config(self.data.vocabulary.size)
+        return token_work(self._file(), rows, architecture, self.config.adapter)
 
     def export(self, model: nn.Module, folder: Path) -> None:
-        """Weights, vocabulary and text tokenizer as a folder."""
+        """Weights, vocabulary and text tokenizer as a folder; an adapter merged into the weights, and on its own."""
         assert isinstance(model, Transformer)
-        save_language_model(folder, model, self.data.vocabulary, self.data.text)
+        save_trained(folder, model, self.weights, self.data.vocabulary, self.data.text)
 
     def _file(self) -> SequenceFile:
         return open_sequences(self.data.path)
@@ -168,6 +181,11 @@ def pretrain(
 
     Raises: ConfigError if options, data, start, folder or cluster do not fit one another.
     """
+    if config.adapter is not None and start is None:
+        raise ConfigError(
+            "found an adapter and no weights to begin with, expected trained ones: beside fresh weights, which would stay as "
+            "they are, it learns little. Give --from CHECKPOINT, or leave out the section adapter"
+        )
     objective = PretrainObjective(config, data, start.folder if start else None, held_out)
     if held_out is not None:
         check_held_out(held_out, data)
@@ -179,6 +197,8 @@ def pretrain(
             f"found sequences of {data.context_len} tokens, expected at most {longest}, the model's "
             "max_position_embeddings: pack to a shorter context or raise it"
         )
+    if config.execution.samples is not None:
+        check_samples(config.execution.samples, data, config.transformer_config(data.vocabulary.size))
     if objective.num_rows() == 0:
         raise ConfigError(f"found no sequence in {data.path}: pack a set that holds documents")
     if not objective.holds_something_to_learn():
@@ -192,7 +212,7 @@ def _check_start(start: Start, config: PretrainConfig, data: SequenceData) -> No
     other ids than those that the weights know.
     """
     found, vocabulary, text = describe_language_model(start.folder)
-    if vocabulary != data.vocabulary or text.to_json() != data.text.to_json():
+    if not data.is_written_in(vocabulary, text):
         raise ConfigError(
             f"the sequences {data.data_id} are written in {data.vocabulary}, and {start.folder} knows {vocabulary}, or "
             "another text tokenizer: pack them with --like a sequence set that its training read, or for published weights "

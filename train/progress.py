@@ -51,6 +51,7 @@ class ProgressLog:
     def __init__(self, path: Path, steps: int, resumed_from_step: int) -> None:
         kept = [line for line in _lines(path) if line["step"] <= resumed_from_step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.folder = path.parent
         self._path = path
         self._steps = steps
 

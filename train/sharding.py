@@ -8,10 +8,12 @@ Shapes: B rows, L tokens, D hidden, V vocabulary.
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -28,14 +30,18 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from model.transformer import Transformer
+from schemas.errors import ConfigError
+from train.adapter import adapter_of, like
 from train.head_loss import VocabularyShard
-from train.mesh import Mesh
+from train.mesh import LayoutConfig, Mesh
 
+FLOAT8_CAPABILITY = (9, 0)
 # What selective recomputation keeps: where the time goes.
 KEPT_OPERATORS = frozenset(
     {
         torch.ops.aten.mm.default,
         torch.ops.aten.addmm.default,
+        torch.ops.aten._scaled_mm.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -50,20 +56,33 @@ def place_transformer(model: Transformer, weights: Iterable[tuple[str, Tensor]],
     Called by all workers with equal weights, so that nothing is sent.
     """
     layout = mesh.layout
+    if layout.float8 != "off":
+        _round_products(model, layout.float8, mesh.device)
     if layout.tensor > 1:
         _split(model, mesh)
-    for index, layer in enumerate(model.model.layers):
-        if layout.recompute != "nothing":
-            how: dict[str, Any] = {} if layout.recompute == "full" else {"context_fn": _selective_contexts}
-            model.model.layers[index] = layer = checkpoint_wrapper(layer, **how)
-        if layout.compile:
-            layer.compile()
+    _compile_and_recompute(model, layout)
     if mesh.weights is not None:
         _shard(model, mesh)
     model.to_empty(device=mesh.device)
     with torch.no_grad():
         for name, weight in weights:
             _fill(model.get_parameter(name), weight.to(mesh.device))
+
+
+def _compile_and_recompute(model: Transformer, layout: LayoutConfig) -> None:
+    """Layers are compiled inside what recomputes them: attention over packed documents breaks their graphs, and a graph around
+    the wrapper would then not be compiled at all. What compiled parts keep nobody outside can choose, so that of the compiler
+    itself is asked what `selective` means.
+    """
+    is_selective = layout.recompute == "selective"
+    for index, layer in enumerate(model.model.layers):
+        if layout.compile:
+            layer.compile()
+        if layout.recompute == "full" or (is_selective and not layout.compile):
+            how: dict[str, Any] = {"context_fn": _selective_contexts} if is_selective else {}
+            model.model.layers[index] = checkpoint_wrapper(layer, **how)
+    if layout.compile and is_selective:
+        functorch_config.aggressive_recomputation = True
 
 
 def head_of(model: Transformer, hidden_BLD: Tensor) -> tuple[Tensor, Tensor, VocabularyShard | None]:
@@ -81,19 +100,51 @@ def head_of(model: Transformer, hidden_BLD: Tensor) -> tuple[Tensor, Tensor, Voc
 
 
 def gather_model(model: nn.Module, mesh: Mesh) -> nn.Module:
-    """A network of whole weights, called by all workers: the model itself where each of them holds it, otherwise a copy on the
-    CPU of the first one, and on the others one without weights.
+    """A network of whole weights, called by all workers: the model's own where each of them holds it, otherwise a copy on the
+    CPU of the first one, and on the others one without weights. Frozen weights are not gathered: they are what they were.
+    Layers are plain ones: nothing wraps or compiles them.
     """
-    if mesh.layout.is_whole:
+    layout = mesh.layout
+    if layout.is_whole and layout.recompute == "nothing" and not layout.compile:
         return model
     assert isinstance(model, Transformer)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    if layout.is_whole:
+        plain = like(model)
+        plain.load_state_dict(model.state_dict(), assign=True)
+        return plain
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights = get_model_state_dict(model, options=options)
-    with torch.device("meta"):
-        whole = Transformer(model.config)
+    whole = like(model)
     if weights:
-        whole.load_state_dict(weights, assign=True)
+        whole.load_state_dict(weights, assign=True, strict=adapter_of(model) is None)
     return whole
+
+
+def _round_products(model: Transformer, scaling: str, device: torch.device) -> None:
+    """Matrix products inside layers in float8, by torchao, forward and backward; names and weights stay as they are.
+
+    Raises: ConfigError if the GPU cannot multiply such numbers.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    from torchao.float8.float8_linear import Float8Linear
+
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
+        raise ConfigError(
+            f"found layout.float8 {scaling!r} on {torch.cuda.get_device_name(device)}, expected a GPU that multiplies float8 "
+            "(H100 or later): set layout.float8 to 'off'"
+        )
+    config = replace(Float8LinearConfig.from_recipe_name(scaling), emulate=device.type != "cuda")
+    for layer in model.model.layers:
+        convert_to_float8_training(layer, module_filter_fn=_is_multiple_of_16, config=config)
+    if not any(isinstance(module, Float8Linear) for module in model.modules()):
+        raise ConfigError(
+            f"found layout.float8 {scaling!r} and no layer of which both sizes are multiples of 16: set it to 'off'"
+        )
+
+
+def _is_multiple_of_16(module: nn.Module, name: str) -> bool:
+    """The kernels know no other sizes."""
+    return isinstance(module, nn.Linear) and module.in_features % 16 == 0 and module.out_features % 16 == 0
 
 
 def _split(model: Transformer, mesh: Mesh) -> None:

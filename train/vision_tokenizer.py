@@ -34,6 +34,7 @@ from train.meter import Work
 from train.optim import OptimConfig
 from train.parallelize import copy_from_first, sum_over_workers
 from train.progress import OnProgress, TrainingResult
+from train.samples import Sample
 
 OBJECTIVE = "vision_tokenizer"
 CODE_USES = "code_uses_K"
@@ -261,6 +262,10 @@ class TokenizerObjective:
             found.append(vision_tokenizer_loss(output, pixels_BTCHW, *weights))
         used = Term(codes_used(uses_K).to(mesh.device), torch.ones((), device=mesh.device))
         return {name: sum_of([terms[name] for terms in found]) for name in found[0]} | {"codes_used": used}
+
+    def samples(self, model: nn.Module, done: int, mesh: Mesh) -> list[Sample]:
+        """Nothing is drawn."""
+        return []
 
     def work(self, rows: Rows) -> Work:
         """Frames."""

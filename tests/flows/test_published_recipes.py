@@ -1,22 +1,17 @@
 """Every recipe of the published model, at a thousandth of its width, through the code that trains it whole."""
 
 import math
-import multiprocessing
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
 
 from jobs.train import load_training_recipe
 from model.weights import digest
 from tests.jobs.test_plan import PUBLISHED, for_64
 from tests.train.small_data import CONTEXT_LEN, TINY_MODEL, pair_data, sequence_data, start_weights
+from tests.train.small_runs import run, run_workers
 from train.language import Start
-from train.launch import training_identity
-from train.loop import run_loop
 from train.preference import DpoConfig, DpoObjective
 from train.pretrain import PretrainConfig, PretrainObjective
 from train.progress import read_losses
@@ -26,6 +21,7 @@ WORKERS, STEPS = 2, 3
 VARIANTS = [*((name, ()) for name in PUBLISHED), ("pretrain_2", tuple(for_64("pretrain_2")))]
 
 DPO: tuple[str, tuple[str, ...]] = ("dpo", ())
+LORA: tuple[str, tuple[str, ...]] = ("instruct_lora", ())
 Lines = list[dict[str, float]]
 Variant = tuple[str, tuple[str, ...]]
 
@@ -55,37 +51,24 @@ def small_dpo() -> DpoConfig:
     return DpoConfig.model_validate(values | {"steps": STEPS, "batch_size": 4})
 
 
-def _worker(rank: int, name: str) -> None:
-    torch.set_num_threads(1)
-    folder = Path(name)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=WORKERS)
-    try:
-        mine = folder / f"data-{rank}"
-        mine.mkdir()
-        data = sequence_data(mine)
-        for index, (recipe, overrides) in enumerate(VARIANTS):
-            objective = PretrainObjective(small(recipe, overrides), data)
-            run_loop(objective, training_identity("test", objective.config, "data", "sha"), folder / f"{index}")
-        start = Start(folder / "start", digest(folder / "start"))
-        preferences = DpoObjective(small_dpo(), pair_data(mine), start, folder / "dpo")
-        run_loop(preferences, training_identity("test", preferences.config, "data", "sha"), folder / "dpo")
-    finally:
-        dist.destroy_process_group()
+def _train_all(rank: int, folder: Path) -> None:
+    mine = folder / f"data-{rank}"
+    mine.mkdir()
+    data = sequence_data(mine)
+    for index, (recipe, overrides) in enumerate(VARIANTS):
+        run(PretrainObjective(small(recipe, overrides), data), folder / f"{index}")
+    start = Start(folder / "start", digest(folder / "start"))
+    run(PretrainObjective(small(*LORA), data, start.folder), folder / "lora")
+    run(DpoObjective(small_dpo(), pair_data(mine), start, folder / "dpo"), folder / "dpo")
 
 
 @pytest.fixture(scope="module")
 def losses() -> dict[Variant, Lines]:
     with tempfile.TemporaryDirectory() as name:  # not tmp_path, whose name may be too long for the children
         start_weights(Path(name))
-        context: Any = multiprocessing.get_context("spawn")
-        children = [context.Process(target=_worker, args=(rank, name)) for rank in range(WORKERS)]
-        for child in children:
-            child.start()
-        for child in children:
-            child.join(250)
-        assert [child.exitcode for child in children] == [0] * WORKERS
-        runs = [*((variant, f"{index}") for index, variant in enumerate(VARIANTS)), (DPO, "dpo")]
-        return {variant: read_losses(Path(name, run, "progress.jsonl")) for variant, run in runs}
+        run_workers(WORKERS, Path(name), _train_all)
+        runs = [*((variant, f"{index}") for index, variant in enumerate(VARIANTS)), (DPO, "dpo"), (LORA, "lora")]
+        return {variant: read_losses(Path(name, storage, "progress.jsonl")) for variant, storage in runs}
 
 
 def test_the_published_preferences_train(losses: dict[Variant, Lines]) -> None:
@@ -93,6 +76,14 @@ def test_the_published_preferences_train(losses: dict[Variant, Lines]) -> None:
     assert len(lines) == STEPS
     assert lines[0]["margin"] == pytest.approx(0.0, abs=0.05)  # bfloat16 of layers, as the reference has it
     assert lines[0]["dpo"] == pytest.approx(math.log(2), abs=0.02)
+
+
+def test_the_adapter_of_a_single_gpu_trains(losses: dict[Variant, Lines]) -> None:
+    config, lines = small(*LORA), losses[LORA]
+    assert config.adapter is not None
+    assert config.execution.layout.compute == "bfloat16"
+    assert len(lines) == STEPS
+    assert lines[-1]["loss"] != lines[0]["loss"] == pytest.approx(lines[0]["text"], rel=0.05)  # text alone is learnt
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: f"{variant[0]}-{'64' if variant[1] else '8'}")
@@ -118,6 +109,7 @@ def test_a_published_recipe_trains(losses: dict[Variant, Lines], variant: Varian
         ("quality", (1.0, 0.0), "linear", None),
         ("instruct_1", (0.0, 1.0), None, None),
         ("instruct_2", (0.0, 1.0), None, None),
+        ("instruct_lora", (0.0, 1.0), None, None),
     ],
 )
 def test_a_stage_is_what_the_report_says(

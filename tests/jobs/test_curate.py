@@ -197,6 +197,18 @@ def test_kinds_bound_the_whole_recipe(shared: Lake) -> None:
     assert (result.num_in, result.num_clips) == (6, 6)
 
 
+def test_a_split_keeps_media_apart_and_loses_none(tmp_path: Path) -> None:
+    lake = Lake.open(tmp_path / "lake")
+    fill(lake, [number << 58 for number in range(64)])  # ids spread over all that there can be
+    sets = {}
+    for name, bounds in (("learn", Bounds(low=0.25)), ("kept", Bounds(high=0.24)), ("all", None)):
+        curate(lake, CurateRecipe(resolution=Bounds(low=1), split=bounds), name)
+        sets[name] = set(read_set(lake, name)["media_id"].to_pylist())
+    assert len(sets["kept"]) == 16
+    assert sets["learn"] | sets["kept"] == sets["all"]
+    assert not sets["learn"] & sets["kept"]
+
+
 def test_a_null_score_passes_no_rule_and_says_so(lake: Lake) -> None:
     number = NUM + 1
     fill(lake, [number], motion_of=[])

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from jobs import generate as module
 from jobs.generate import Ask, GenerateRecipe, generate
 from model.generate import VisionRequest, generate_vision
+from model.pictures import Frames, write_png
 from model.weights import LanguageModel
 from schemas.catalog import Lake
 from schemas.document import Tokens
@@ -75,14 +76,14 @@ def test_what_is_there_is_not_drawn_again_and_a_lost_file_comes_back(
 def test_pictures_of_what_is_there_so_far(lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PREVIEW_S", 0.0)
     seen: list[tuple[str, np.ndarray]] = []
-    write = module._write_png
+    write = write_png
 
-    def note(path: Path, image: module.Frames, facts: dict[str, str]) -> None:
+    def note(path: Path, image: Frames, facts: dict[str, str]) -> None:
         if path.parent == tmp_path:
             seen.append((path.name, image))
         write(path, image, facts)
 
-    monkeypatch.setattr(module, "_write_png", note)
+    monkeypatch.setattr(module, "write_png", note)
     image, video = generate(
         lake, [Ask("slow", "image", 2), Ask("slow", "video", 2)], "latest", RECIPE, preview=tmp_path
     )

@@ -11,6 +11,7 @@ from jobs.shipped import FOLDER
 from jobs.train import TrainRecipe, load_training_recipe
 from schemas.errors import ConfigError
 from tests.conftest import CHECKOUT
+from train.gpus import GIB
 
 PUBLISHED = ("pretrain_1", "pretrain_2", "quality", "instruct_1", "instruct_2")
 
@@ -39,7 +40,28 @@ def test_more_gpus_are_the_same_training(name: str) -> None:
     assert options[0] == options[1]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+def test_an_adapter_fits_on_one_h100() -> None:
+    recipe = load_training_recipe("instruct_lora")
+    plan = plan_training(recipe, "h100", None, None)
+    assert plan.load.num_workers == 1
+    plan.check()
+    assert plan.memory.peak < 40 * GIB  # half of it, as the recipe says
+    whole = load_training_recipe(
+        "instruct_2", ["pretrain.execution.num_workers=1", "pretrain.execution.layout.shard=1"]
+    )
+    with pytest.raises(ConfigError, match="weights, gradients, moments"):
+        plan_training(whole, "h100", None, None).check()
+
+
+def test_preferences_are_planned_with_an_adapter() -> None:
+    plans = [
+        plan_training(load_training_recipe("dpo", more), "h100", None, None) for more in ((), ["dpo.adapter.rank=8"])
+    ]
+    assert plans[1].memory.peak < plans[0].memory.peak
+    assert "frozen weights" in {row.name for row in plans[1].memory.rows}
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "instruct_lora"])
 def test_rows_of_a_recipe_are_as_long_as_it_packs_them(name: str) -> None:
     """The command that makes its data says the context that its model is planned for."""
     text = (FOLDER / f"{name}.toml").read_text(encoding="utf-8")
@@ -74,6 +96,67 @@ def test_json_says_the_same(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert found["step"]["tokens"] == 16 * 131_072
 
 
+def test_the_fewest_workers_are_planned_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two nodes of eight may go on as one: each worker then has twice the rows."""
+    sets = [f"pretrain.execution.{one}" for one in ("num_workers=16", "min_workers=8")]
+    plan = plan_training(load_training_recipe("pretrain_1", sets), "h100", None, None)
+    assert plan.fewest is not None
+    assert (plan.fewest.num_workers, plan.fewest.parts) == (8, 2 * plan.load.parts)
+    plan.check()
+    print_plan(plan, json=False)
+    assert re.search(r"^8 workers alone +\d+\.\d\d GiB  32 times a step$", capsys.readouterr().out, re.MULTILINE)
+    print_plan(plan, json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["fewest"] == {"num_workers": 8, "peak_bytes": found["peak_bytes"]}  # two rows at once in both
+    assert found["fits"]
+    at_once = [
+        "pretrain.batch_size=32",
+        "pretrain.execution.rows_at_once=4",
+    ]  # two of sixteen workers', four of eight's
+    plan = plan_training(load_training_recipe("pretrain_1", [*sets, *at_once]), "h100", None, None)
+    assert plan.memory.peak < 79.6 * GIB
+    with pytest.raises(ConfigError, match=r"set execution\.rows_at_once to 1"):
+        plan.check()
+    print_plan(plan, json=True)
+    assert not json.loads(capsys.readouterr().out)["fits"]
+
+
+def test_copies_are_planned() -> None:
+    """Of 8,492,011,520 parameters: a reference beside them in float32, and what samples are drawn with in bfloat16."""
+    dpo = [
+        f"dpo.{one}"
+        for one in ("execution.num_workers=1", "execution.layout.shard=1", "execution.layout.compute=float32")
+    ]
+    stored, copied = (
+        plan_training(load_training_recipe("dpo", [*dpo, f"dpo.reference={kind}"]), "h100", None, None)
+        for kind in ("stored", "copy")
+    )
+    assert copied.memory.peak - stored.memory.peak == 4 * 8_492_011_520
+    with pytest.raises(ConfigError, match="set reference to 'stored'") as refused:
+        copied.check()
+    assert not re.search("num_workers|shard|bfloat16", str(refused.value))
+
+    spread = [f"pretrain.execution.{one}" for one in ("num_workers=2", "layout.shard=2", "rows_at_once=1")]
+    spread.append("pretrain.execution.layout.recompute=full")
+    drawing = 'pretrain.execution.samples.prompts=["a"]'
+    plain, drawn = (
+        plan_training(load_training_recipe("pretrain_1", [*spread, *more]), "h100", None, None)
+        for more in ((), (drawing,))
+    )
+    plain.check()
+    assert drawn.memory.at("samples") - plain.memory.at("samples") == 2 * 8_492_011_520
+    with pytest.raises(ConfigError, match=r"leave out execution\.samples"):
+        drawn.check()
+
+
+def test_preferences_are_not_told_to_share_pairs() -> None:
+    plan = plan_training(load_training_recipe("dpo", ["dpo.execution.layout.recompute=nothing"]), "h100", None, None)
+    with pytest.raises(ConfigError, match="expected at most") as refused:
+        plan.check()
+    assert "layout.recompute to 'full'" in str(refused.value)
+    assert "layout.context" not in str(refused.value)
+
+
 def test_a_cpu_has_no_limit_and_no_time(capsys: pytest.CaptureFixture[str]) -> None:
     plan = plan_training(load_training_recipe("pretrain_1", ["pretrain.execution.rows_at_once=64"]), "cpu", None, None)
     plan.check()
@@ -106,7 +189,7 @@ def test_a_shorter_context_needs_less() -> None:
         plan_training(recipe, "h100", 262_144, None)
 
 
-@pytest.mark.parametrize("name", ["pretrain_1", "pretrain_2"])
+@pytest.mark.parametrize("name", ["pretrain_1", "pretrain_2", "instruct_lora"])
 def test_the_page_shows_what_the_command_prints(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     page = (CHECKOUT / "docs" / "training.md").read_text(encoding="utf-8")
     [shown] = re.findall(rf"^\$ outback plan {name}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)

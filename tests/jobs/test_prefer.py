@@ -158,6 +158,31 @@ def test_a_smaller_difference_than_asked_for_is_a_tie(lake: Lake, ids: dict[str,
     assert prefer(lake, "mine", PreferRecipe(min_margin=0.9), votes=votes).num_pairs == 1
 
 
+@pytest.mark.parametrize(
+    ("scores", "asked", "ranks"),
+    [
+        ((4, 1, 3, 2), 1, [(0, 1)]),
+        ((4, 1, 3, 2), 2, [(0, 1), (2, 3)]),
+        ((4, 1, 3, 2), 9, [(0, 1), (2, 3)]),  # the third best is worse than the third worst
+        ((4, 2, 2, 1), 9, [(0, 3)]),
+        ((4, 4, 1, 1), 9, [(0, 2), (1, 3)]),
+    ],
+)
+def test_more_pairs_of_a_prompt_go_from_both_ends_inwards_and_share_no_drawing(
+    lake: Lake,
+    ids: dict[str, list[str]],
+    tmp_path: Path,
+    scores: tuple[int, ...],
+    asked: int,
+    ranks: list[tuple[int, int]],
+) -> None:
+    cats = sorted(ids["a cat"])
+    file = write_votes(tmp_path / "votes.csv", [f"{one},ann,{n}" for one, n in zip(cats, scores, strict=True)])
+    prefer(lake, "mine", PreferRecipe(pairs_per_prompt=asked), votes=[file])
+    found = {(row["chosen_id"], row["rejected_id"]) for row in pairs_by_id(lake).values()}
+    assert found == {(cats[best], cats[worst]) for best, worst in ranks}
+
+
 def test_criteria_count_alike(lake: Lake, ids: dict[str, list[str]], tmp_path: Path) -> None:
     first, second = ids["a cat"][:2]
     lines = [f"{first},ann,appeal,5", f"{first},ann,alignment,1", f"{second},ann,appeal,4", f"{second},ann,alignment,4"]
@@ -270,6 +295,16 @@ def test_a_scorer_sees_what_was_drawn_and_its_complaints_are_kept(lake: Lake, dr
     assert reasons(lake) == sorted(("NoScore", one) for one in drawn.ids["a cat"])
     assert (report.num_pairs, report.num_refused, report.num_alone) == (2, NUM_EACH, 1)
     assert prefer(lake, "bright", PreferRecipe(), scorer=scorer).already_there
+
+
+def test_some_generations_alone_are_looked_at(lake: Lake, ids: dict[str, list[str]]) -> None:
+    some, scorer = [*ids["a dog"][:2], ids["on"][0]], f"{__name__}:brightness"
+    report = prefer(lake, "some", PreferRecipe(), scorer=scorer, generations=some)
+    assert (report.num_generations, report.num_alone) == (2, 1)
+    (pair,) = pairs_by_id(lake).values()
+    assert {pair["chosen_id"], pair["rejected_id"]} == set(some[:2])
+    with pytest.raises(ConfigError, match="found no generation 'nowhere'"):
+        prefer(lake, "none", PreferRecipe(), scorer=scorer, generations=[*some, "nowhere"])
 
 
 def test_scorers_by_name() -> None:

@@ -132,3 +132,13 @@ def test_prompts_outside_the_grammar_are_refused() -> None:
         shapes.score_videos([("a red circle", image[None])])
     with pytest.raises(ValueError, match="not of this world"):
         shapes.make_scene(ShapeFacts("purple", "circle"), 0)
+
+
+def test_the_height_of_a_drawing_is_where_its_shape_stands() -> None:
+    for facts in shapes.all_facts(moving=False):
+        for place in shapes.all_places(facts):
+            drawn = shapes.render_image(shapes.make_scene(facts, 3, place), 64)[None]
+            tolerance = 0.04  # the middle of a triangle's box lies above the middle of its circle
+            assert shapes.score_height("anything", drawn) == pytest.approx(1.0 - place.centre[1], abs=tolerance)
+    with pytest.raises(ValueError, match="found no shape"):
+        shapes.score_height("anything", np.full((1, 64, 64, 3), 52, np.uint8))

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from jobs import pack as pack_module
 from jobs import train as module
 from jobs.train import TrainRecipe, train
 from model.weights import digest
@@ -27,8 +28,8 @@ RECIPE = TrainRecipe(objective="pretrain", pretrain=pretrain_config())
 
 @pytest.fixture
 def lake(tmp_path: Path) -> Lake:
-    """The small models, the language model under the id of its weights too, and two empty sequence sets: `mine` of the
-    vision tokenizer that it learnt, `other` of another one.
+    """The small models, the language model under the id of its weights too, and empty sequence sets: `mine` and `kept` of
+    the vision tokenizer that it learnt, `other` of another one.
     """
     made = make_lake(tmp_path)
     row = {"checkpoint_id": digest(tmp_path / "lm")[:16], "objective": "pretrain", "uri": str(tmp_path / "lm")}
@@ -39,7 +40,7 @@ def lake(tmp_path: Path) -> Lake:
     counts = {"context_len": 64, "num_sequences": 0, "num_tokens": 0, "content_sha256": "x", "curated_ids": []}
     sets = [
         {"name": n, "seqset_id": n, "tokenizer_id": t, **packed, **counts}
-        for n, t in (("mine", "tok"), ("other", "tik"))
+        for n, t in (("mine", "tok"), ("kept", "tok"), ("other", "tik"))
     ]
     made.append(SEQUENCE_SETS, sets, "r")
     return made
@@ -58,7 +59,7 @@ def begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Start | None]
 
     monkeypatch.setattr(module, "pretrain", stub)
     monkeypatch.setattr(module, "ensure_ray", lambda: None)
-    monkeypatch.setattr(module, "materialise", lambda lake, name: tmp_path / "rows.arrow")
+    monkeypatch.setattr(pack_module, "materialise", lambda lake, name: tmp_path / "rows.arrow")
     return found
 
 
@@ -121,10 +122,26 @@ def test_held_out_codes_of_another_vision_tokenizer_are_refused(lake: Lake, begu
     assert not begun
 
 
+def test_a_finished_training_writes_no_held_out_sequences(
+    lake: Lake, begun: list[Start | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+
+    def materialise(lake: Lake, name: str) -> Path:
+        written.append(name)
+        return Path(name)
+
+    monkeypatch.setattr(pack_module, "materialise", materialise)
+    assert not train(lake, RECIPE, "mine", held_out="kept").already_there
+    assert written == ["mine", "kept"]
+    assert train(lake, RECIPE, "mine", held_out="kept").already_there
+    assert written == ["mine", "kept"]
+
+
 def test_clips_that_are_learnt_from_are_not_held_out(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
     sets = {"all": ["a", "b"], "held": ["b"]}
     monkeypatch.setattr(module, "set_row", lambda lake, name: {"curated_id": name, "content_sha256": name})
-    monkeypatch.setattr(module, "clip_items", lambda lake, name: pa.table({"clip_id": sets[name]}))
+    monkeypatch.setattr(module, "read_set", lambda lake, name: pa.table({"clip_id": sets[name]}))
     recipe = TrainRecipe(objective="vision_tokenizer", frames=ChunkConfig(), vision_tokenizer=tokenizer_config())
     with pytest.raises(ConfigError, match="found 1 clips in both 'all' and the held-out 'held', such as b"):
         train(lake, recipe, "all", held_out="held")

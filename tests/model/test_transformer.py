@@ -128,6 +128,33 @@ def test_any_config_matches_transformers(seed: int) -> None:
             torch.testing.assert_close(packed[row, part], alone, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(4))
+def test_gradients_are_those_of_transformers(seed: int, dtype: torch.dtype) -> None:
+    """Of every weight. In bfloat16 both round, each at places of its own: ours are about as far from float32 as theirs."""
+    config = random_config(seed)
+    transformer = random_transformer(config, seed)
+    reference = reference_of(transformer)
+    tokens = random_tokens(2, 30, seed=seed, vocab_size=config.vocab_size)
+    slopes = torch.randn(2, 30, config.vocab_size, generator=torch.Generator().manual_seed(seed))
+
+    def gradients(model: Any) -> dict[str, Tensor]:
+        model.zero_grad()
+        logits = model(tokens)
+        (getattr(logits, "logits", logits) * slopes.to(dtype)).sum().backward()
+        return {name: weight.grad.float().clone() for name, weight in model.named_parameters()}
+
+    exact = gradients(reference)
+    ours, theirs = gradients(transformer.to(dtype)), gradients(reference.to(dtype))
+    assert ours.keys() == exact.keys()
+    for name, expected in exact.items():
+        assert expected.norm() > 0
+        if dtype == torch.float32:
+            assert (ours[name] - expected).norm() < 1e-5 * expected.norm(), name
+        else:
+            assert (ours[name] - expected).norm() < 2 * (theirs[name] - expected).norm(), name
+
+
 @torch.no_grad()
 def test_left_padding_matches_transformers_and_no_padding() -> None:
     transformer = random_transformer()

@@ -1,5 +1,6 @@
 """Rules: closed intervals in float32, null never passes, and what the funnel and the explanation say."""
 
+import hashlib
 import math
 import random
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.rules import (
     SCORES,
+    SPLIT,
     Bounds,
     CurateRecipe,
     Kind,
@@ -22,8 +24,11 @@ from pipeline.rules import (
     funnel,
     passes,
     rules_of,
+    split_of,
 )
 from schemas.captions import CAPTION_SCORES
+from schemas.clips import CLIPS
+from schemas.identity import clip_id
 from schemas.scores import FAMILIES, MOTION, RESOLUTION
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -83,9 +88,19 @@ def test_bounds_that_ask_nothing_are_refused(values: dict[str, object], said: st
 def test_every_section_of_a_recipe_asks_about_a_score_there_is() -> None:
     sections = {name for name, field in CurateRecipe.model_fields.items() if "Bounds" in str(field.annotation)}
     assert sections == set(SCORES)
-    for family, column in SCORES.values():
+    assert SCORES[SPLIT] == (CLIPS, SPLIT)  # no score: it comes from the id
+    for family, column in (score for name, score in SCORES.items() if name != SPLIT):
         assert family in (*FAMILIES, CAPTION_SCORES)
         assert column in family.names
+
+
+def test_a_split_is_a_place_by_the_medium_alone() -> None:
+    media = [hashlib.sha256(bytes([number])).hexdigest()[:16] for number in range(200)]
+    ids = pa.chunked_array([[clip_id(medium, start, start + 9) for medium in media for start in (0, 77)]])
+    places = split_of(ids).to_pylist()
+    assert places == [int(medium[:6], 16) / 16**6 for medium in media for _ in range(2)]
+    assert all(0 <= place < 1 for place in places)
+    assert 0.1 < sum(place < 0.2 for place in places) / len(places) < 0.3
 
 
 def test_the_scores_that_images_lack_are_asked_of_videos_only() -> None:

@@ -5,13 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from tests.train.small_data import ALONE, frame_data, tokenizer_config
+from tests.train.small_runs import run
 from train.ema import average_name, averaged_tensors, load_average, update_average
-from train.launch import training_identity
-from train.loop import TrainingFolder, run_loop
 from train.vision_tokenizer import CODEBOOK, TokenizerObjective
 
 CONSTANT = {"learning_rate": 0.001, "schedule": "constant", "weight_decay": 0.0, "eps": 1e-4}
@@ -53,8 +51,7 @@ def _export_at(folder: Path, steps: int, **changes: float) -> dict[str, torch.Te
     """The weights after so many steps of one and the same training."""
     data, name = frame_data(folder), f"run-{steps}-{len(changes)}"
     config = tokenizer_config(steps=steps, reset_every=100, optim=CONSTANT, **changes)
-    run_loop(TokenizerObjective(config, data), training_identity("test", config, "data", "sha"), folder / name)
-    return load_file(TrainingFolder(folder / name).weights / "model.safetensors")
+    return run(TokenizerObjective(config, data), folder / name)
 
 
 def test_codes_that_move_take_their_average_with_them(tmp_path: Path) -> None:

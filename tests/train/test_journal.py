@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.transformer import Transformer, TransformerConfig
 from schemas.errors import ConfigError
 from tests.train.small_data import ALONE, pretrain_config, sequence_data
-from train.launch import training_identity
+from tests.train.small_runs import run
+from train.checkpoint import CheckpointWriter
 from train.loggers import open_loggers
-from train.loop import run_loop
 from train.meter import Meter, Work, transformer_flops
 from train.pretrain import PretrainObjective, pretrain
 from train.progress import read_losses
@@ -33,18 +33,6 @@ class _Hook:
 def hook(folder: Path, resumed_from_step: int) -> _Hook:
     WRITTEN.append((resumed_from_step, {}))
     return _Hook()
-
-
-@pytest.fixture(autouse=True)
-def _torch_settings() -> Any:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-
-
-def _run(objective: PretrainObjective, storage: Path) -> None:
-    run_loop(objective, training_identity("test", objective.config, "data", "sha"), storage)
 
 
 def test_operations_are_those_that_torch_counts() -> None:
@@ -70,18 +58,36 @@ def test_curves_reach_tensorboard_and_hooks(tmp_path: Path) -> None:
     config = pretrain_config(
         execution={"loggers": ("tensorboard", "tests.train.test_journal:hook"), "peak_tflops": 1.0, "log_every": 2}
     )
-    _run(PretrainObjective(config, sequence_data(tmp_path)), tmp_path / "run")
+    run(PretrainObjective(config, sequence_data(tmp_path)), tmp_path / "run")
     lines = read_losses(tmp_path / "run" / "progress.jsonl")
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [
         (line["step"], pytest.approx(line["loss"])) for line in lines
     ]
-    expected = {"loss", "text", "vision", "grad_norm", "learning_rate", "tokens_per_s", "memory_mib", "mfu"}
-    assert expected | {"tflops_per_worker", *(f"quarter_{n}" for n in range(1, 5))} == set(events.Tags()["scalars"])
+    expected = {"loss", "text", "vision", "grad_norm", "learning_rate", "tokens_per_s", "memory_mib", "checkpoint_wait"}
+    assert expected | {"tflops_per_worker", "mfu", *(f"quarter_{n}" for n in range(1, 5))} == set(
+        events.Tags()["scalars"]
+    )
     assert [step for step, _ in WRITTEN] == [0, 2, 4, 6, 8, -1]
     assert all(figures["mfu"] == figures["tflops_per_worker"] > 0 for step, figures in WRITTEN if step > 0)
     assert not any("tokens_per_s" in line for line in lines)  # equal trainings have equal lists
+
+
+def test_the_share_of_time_that_checkpoints_take_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    WRITTEN.clear()
+    execution = {"loggers": ("tests.train.test_journal:hook",), "log_every": 2, "checkpoint_every": 3}
+    save = CheckpointWriter.save
+
+    def slow(*given: Any) -> None:
+        time.sleep(0.5)
+        save(*given)
+
+    monkeypatch.setattr(CheckpointWriter, "save", slow)
+    run(PretrainObjective(pretrain_config(execution=execution), sequence_data(tmp_path)), tmp_path / "run")
+    shares = {step: figures.get("checkpoint_wait") for step, figures in WRITTEN if step > 0}
+    assert {step for step, share in shares.items() if share} == {4, 8}  # after 3 and 6 steps
+    assert all(0.5 < share < 1.0 for share in shares.values() if share)
 
 
 @pytest.mark.parametrize("name", ["wandb", "no_such_module:open", "tests.train.test_journal:nothing"])
@@ -108,7 +114,7 @@ def test_what_is_held_out_is_evaluated_as_if_it_were_trained_on(tmp_path: Path) 
         model={"dropout": 0.3}, execution={"evaluate_every": 3, "log_every": 4, "rows_at_once": 2, "held_out_rows": 4}
     )
     objective = PretrainObjective(config, data, held_out=held_out)
-    _run(objective, tmp_path / "run")
+    run(objective, tmp_path / "run")
     lines = {int(line["step"]): line for line in read_losses(tmp_path / "run" / "progress.jsonl")}
     assert sorted(lines) == [3, 4, 6, 8]
     assert [step for step, line in lines.items() if "held_out_loss" in line] == [3, 6, 8]
@@ -118,7 +124,7 @@ def test_what_is_held_out_is_evaluated_as_if_it_were_trained_on(tmp_path: Path) 
     for name, term in terms.items():
         assert lines[8][f"held_out_{name}"] == pytest.approx(float(term.mean.detach()), rel=1e-5), name
     # It is evaluated, not learnt.
-    _run(PretrainObjective(config, data), tmp_path / "without")
+    run(PretrainObjective(config, data), tmp_path / "without")
     assert (tmp_path / "run" / "weights" / "model.safetensors").read_bytes() == (
         tmp_path / "without" / "weights" / "model.safetensors"
     ).read_bytes()

@@ -1,24 +1,21 @@
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
 from model.weights import digest, load_language_model
 from schemas.errors import ConfigError, OutbackError
 from tests.train.small_data import VOCABULARY, frame_data, pretrain_config, sequence_data, tokenizer_config
+from tests.train.small_runs import Killed, run
 from train.checkpoint import latest
 from train.launch import run_training, training_identity
-from train.loop import TrainingFolder, run_loop
+from train.loop import run_loop
 from train.pretrain import PretrainObjective, pretrain
 from train.progress import Progress, ProgressLog, follow, read_losses
 from train.vision_tokenizer import train_vision_tokenizer
@@ -33,32 +30,9 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Killed(PretrainObjective):
-    """Kills its own process after some steps, once."""
-
-    after: int
-    mark: Path
-
-    def finish_step(self, model: nn.Module, step: int, device: torch.device, state: dict[str, Tensor]) -> None:
-        if step + 1 == self.after and not self.mark.exists():
-            self.mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _in_process(objective: PretrainObjective, storage: Path) -> dict[str, Tensor]:
-    threads = torch.get_num_threads()
-    try:
-        run_loop(objective, training_identity("pretrain", objective.config, "data", "sha"), storage)
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(False)
-    return load_file(TrainingFolder(storage).weights / "model.safetensors")
-
-
 def test_a_killed_worker_is_restarted_and_ends_with_the_same_bits(cluster: None, tmp_path: Path) -> None:
     config, data = pretrain_config(model={"dropout": 0.2}), sequence_data(tmp_path)
-    whole = _in_process(PretrainObjective(config, data), tmp_path / "whole")
+    whole = run(PretrainObjective(config, data), tmp_path / "whole")
     objective = Killed(config, data, after=5, mark=tmp_path / "killed")
     seen: list[Progress] = []
     identity = training_identity("pretrain", config, "data", "sha")
@@ -107,7 +81,6 @@ def test_a_finished_training_is_returned_without_ray(tmp_path: Path, monkeypatch
         patch.setattr("train.launch._fit", lambda *_: run_loop(PretrainObjective(config, data), identity, storage))
         patch.setattr("train.launch._ray", _no_ray)
         first = pretrain(config, data, storage)
-    torch.use_deterministic_algorithms(False)
     monkeypatch.setattr("train.launch._ray", _refuse)
     # How a training is executed is no part of what it is.
     again = pretrain(pretrain_config(execution={"num_workers": 2, "log_every": 1}), data, storage)
@@ -135,7 +108,7 @@ def test_a_folder_of_another_training_is_refused(tmp_path: Path, monkeypatch: py
 @pytest.mark.slow
 def test_a_killed_driver_loses_nothing_but_time(tmp_path: Path) -> None:
     config, data = pretrain_config(steps=400, execution={"checkpoint_every": 20}), sequence_data(tmp_path)
-    whole = _in_process(PretrainObjective(config, data), tmp_path / "whole")
+    whole = run(PretrainObjective(config, data), tmp_path / "whole")
     script = (
         "import sys; from pathlib import Path; from tests.train import small_data, test_launch;"
         "folder = Path(sys.argv[1]); test_launch.train_from_another_process(folder)"

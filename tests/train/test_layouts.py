@@ -1,8 +1,6 @@
 import itertools
-import multiprocessing
 import shutil
 import tempfile
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._functorch.config as functorch_config
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,10 +20,9 @@ from model.rope import rotary_tables, rotate
 from model.transformer import TransformerConfig
 from model.weights import digest
 from tests.train.small_data import TINY_MODEL, dpo_config, pair_data, pretrain_config, sequence_data, start_weights
+from tests.train.small_runs import run, run_workers
 from train.batches import SequenceData, write_sequence_file
-from train.language import Start
-from train.launch import training_identity
-from train.loop import run_loop
+from train.language import Start, build_transformer
 from train.mesh import LayoutConfig, Mesh, _shared_rows
 from train.preference import DpoObjective
 from train.pretrain import PretrainObjective
@@ -48,14 +46,6 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "context-4": {"context": 4},
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def _torch_settings() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
 
 
 def _objective(folder: Path, num_workers: int, layout: dict[str, Any]) -> PretrainObjective:
@@ -96,80 +86,70 @@ def _rows_of_all_lengths(folder: Path) -> SequenceData:
     return data
 
 
-def _train(objective: PretrainObjective | DpoObjective, storage: Path) -> None:
-    run_loop(objective, training_identity("test", objective.config, "data", "sha"), storage)
+def _train_in_layouts(rank: int, folder: Path, world: int) -> None:
+    for layout, options in LAYOUTS[world].items():
+        run(_objective(folder / f"data-{rank}", world, options), folder / layout)
+    for giver, (layout, options) in zip([*LAYOUTS[world]][1:], LAYOUTS[world].items(), strict=False):
+        if rank == 0:
+            _hand_on(folder / giver, folder / f"{giver} to {layout}")
+        dist.barrier()
+        run(_objective(folder / f"data-{rank}", world, options), folder / f"{giver} to {layout}")
 
 
-def _worker(rank: int, world: int, name: str) -> None:
-    torch.set_num_threads(1)
-    folder = Path(name)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)
-    try:
-        for layout, options in LAYOUTS[world].items():
-            _train(_objective(folder / f"data-{rank}", world, options), folder / layout)
-        for giver, (layout, options) in zip([*LAYOUTS[world]][1:], LAYOUTS[world].items(), strict=False):
-            if rank == 0:
-                _hand_on(folder / giver, folder / f"{giver} to {layout}")
-            dist.barrier()
-            _train(_objective(folder / f"data-{rank}", world, options), folder / f"{giver} to {layout}")
-    finally:
-        dist.destroy_process_group()
-
-
-def _preferences(folder: Path, place: Path, num_workers: int, layout: dict[str, Any], run: str) -> DpoObjective:
+def _preferences(folder: Path, place: Path, num_workers: int, layout: dict[str, Any], name: str) -> DpoObjective:
     place.mkdir(exist_ok=True)
     execution = {"num_workers": num_workers, "layout": layout, "log_every": 1, "checkpoint_every": 3}
     # As far from the reference as rounding does not decide what is preferred.
     config = dpo_config(execution=execution, optim={"learning_rate": 0.002, "warmup_steps": 2, "eps": 1e-5})
     start = Start(folder / "start", digest(folder / "start"))
-    return DpoObjective(config, pair_data(place), start, folder / run, sequence_data(place, seed=1))
+    return DpoObjective(config, pair_data(place), start, folder / name, sequence_data(place, seed=1))
 
 
-def _preference_worker(rank: int, world: int, name: str) -> None:
-    torch.set_num_threads(1)
-    folder = Path(name)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)
-    try:
-        for run, layout in {"shard": {"shard": 2}, "tensor": {"tensor": 2}}.items():
-            _train(_preferences(folder, folder / f"data-{rank}", world, layout, run), folder / run)
-    finally:
-        dist.destroy_process_group()
+def _train_preferences(rank: int, folder: Path) -> None:
+    for name, layout in {"shard": {"shard": 2}, "tensor": {"tensor": 2}}.items():
+        run(_preferences(folder, folder / f"data-{rank}", 2, layout, name), folder / name)
 
 
 def test_preferences_are_learnt_alike_in_every_layout() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         start_weights(folder, num_heads=4, num_kv_heads=2, head_dim=8)
-        _train(_preferences(folder, folder / "data", 1, {}, "alone"), folder / "alone")
-        _spawn(_preference_worker, 2, name)
-        for run in ("shard", "tensor"):
-            _assert_same_training(folder / "alone", folder / run, 8, abs_error=1e-5)
+        run(_preferences(folder, folder / "data", 1, {}, "alone"), folder / "alone")
+        run_workers(2, folder, _train_preferences)
+        for layout in ("shard", "tensor"):
+            _assert_same_training(folder / "alone", folder / layout, 8, abs_error=1e-5)
 
 
-def _bfloat16_worker(rank: int, world: int, name: str) -> None:
-    torch.set_num_threads(1)
-    folder = Path(name)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)
-    try:
-        layout = {"shard": 2, "compute": "bfloat16"}
-        _train(_objective(folder / f"data-{rank}", world, layout), folder / "bfloat16")
-    finally:
-        dist.destroy_process_group()
+ROUNDED: dict[str, dict[str, Any]] = {
+    "bfloat16": {},
+    "tensorwise": {"float8": "tensorwise"},
+    "rowwise": {"float8": "rowwise", "recompute": "selective"},
+}
 
 
-def test_computing_in_bfloat16_keeps_float32_weights() -> None:
+def _train_rounded(rank: int, folder: Path) -> None:
+    for name, options in ROUNDED.items():
+        layout = {"shard": 2, "compute": "bfloat16", **options}
+        run(_objective(folder / f"data-{rank}", 2, layout), folder / name)
+
+
+def test_computing_in_fewer_bits_keeps_float32_weights() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _train(_objective(folder / "data", 1, {}), folder / "alone")
-        _spawn(_bfloat16_worker, 2, name)
-        exact, rounded = (read_losses(folder / run / "progress.jsonl") for run in ("alone", "bfloat16"))
-        for right, line in zip(exact, rounded, strict=True):
-            assert line["loss"] == pytest.approx(right["loss"], rel=5e-3)
-        assert [line["loss"] for line in exact] != [line["loss"] for line in rounded]
-        weights = load_file(folder / "bfloat16" / "weights" / "model.safetensors")
-        assert {value.dtype for value in weights.values()} == {torch.float32}
-        # Updates far smaller than bfloat16 could hold arrived.
-        assert any(not torch.equal(value, value.bfloat16().float()) for value in weights.values())
+        run(_objective(folder / "data", 1, {}), folder / "alone")
+        run_workers(2, folder, _train_rounded)
+        exact, *rounded = (
+            [line["loss"] for line in read_losses(folder / name / "progress.jsonl")] for name in ("alone", *ROUNDED)
+        )
+        names = load_file(folder / "alone" / "weights" / "model.safetensors").keys()
+        for name, losses, error in zip(ROUNDED, rounded, (0.001, 0.003, 0.003), strict=True):
+            assert losses == pytest.approx(exact, rel=error)
+            weights = load_file(folder / name / "weights" / "model.safetensors")
+            assert weights.keys() == names
+            assert {value.dtype for value in weights.values()} == {torch.float32}
+            # Updates far smaller than bfloat16 could hold arrived.
+            assert any(not torch.equal(value, value.bfloat16().float()) for value in weights.values())
+        assert len({tuple(losses) for losses in (exact, *rounded)}) == 4
 
 
 def _hand_on(giver: Path, taker: Path) -> None:
@@ -177,33 +157,22 @@ def _hand_on(giver: Path, taker: Path) -> None:
     shutil.copytree(giver / "checkpoints" / "step_00000015", taker / "checkpoints" / "step_00000015")
 
 
-def _spawn(target: Any, world: int, *arguments: object) -> None:
-    context = multiprocessing.get_context("spawn")
-    children = [context.Process(target=target, args=(rank, world, *arguments)) for rank in range(world)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(300)
-    assert [child.exitcode for child in children] == [0] * world
-
-
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_layout_takes_the_steps_of_one_worker(world: int) -> None:
     with tempfile.TemporaryDirectory() as name:  # not tmp_path, whose name may be too long for the children
         folder = Path(name)
-        _train(_objective(folder / "data", 1, {}), folder / "alone")
-        alone = load_file(folder / "alone" / "weights" / "model.safetensors")
-        _spawn(_worker, world, name)
+        alone = run(_objective(folder / "data", 1, {}), folder / "alone")
+        run_workers(world, folder, _train_in_layouts, world)
         takers = [f"{giver} to {taker}" for giver, taker in zip([*LAYOUTS[world]][1:], LAYOUTS[world], strict=False)]
         for layout in LAYOUTS[world]:
             takers.append(f"{layout} to alone")
             _hand_on(folder / layout, folder / takers[-1])
-            _train(_objective(folder / "data", 1, {}), folder / takers[-1])
-        for run in (*LAYOUTS[world], *takers):
-            _assert_same_training(folder / "alone", folder / run, STEPS if run in LAYOUTS[world] else 5)
-            found = load_file(folder / run / "weights" / "model.safetensors")
+            run(_objective(folder / "data", 1, {}), folder / takers[-1])
+        for name in (*LAYOUTS[world], *takers):
+            _assert_same_training(folder / "alone", folder / name, STEPS if name in LAYOUTS[world] else 5)
+            found = load_file(folder / name / "weights" / "model.safetensors")
             for key, value in alone.items():
-                assert float((found[key] - value).abs().max()) <= 1e-5, f"{run}: {key}"
+                assert float((found[key] - value).abs().max()) <= 1e-5, f"{name}: {key}"
 
 
 def _assert_same_training(expected: Path, found: Path, num_steps: int, abs_error: float = 0.0) -> None:
@@ -266,13 +235,56 @@ def test_rows_dealt_out_attend_as_whole_ones_do(lengths: list[list[int]], num_wo
 
 @given(st.integers(1, 300), st.integers(1, 4), st.integers(1, 4))
 def test_rows_are_padded_so_that_all_workers_have_as_much(context_len: int, context: int, tensor: int) -> None:
-    mesh = Mesh(LayoutConfig(context=context, tensor=tensor), torch.device("cpu"))
-    length = mesh.row_length(context_len)
+    length = LayoutConfig(context=context, tensor=tensor).row_length(context_len)
     pieces = 2 * context if context > 1 else 1
     assert length >= context_len
     assert length % pieces == 0
     assert length // context % tensor == 0
     assert length - context_len < pieces * tensor
+
+
+@given(st.integers(1, 300), st.integers(1, 4), st.integers(1, 5))
+def test_float8_multiplies_as_many_tokens_as_its_kernels_know(context_len: int, context: int, rows: int) -> None:
+    layout = LayoutConfig(context=context, compute="bfloat16", float8="rowwise")
+    length = layout.row_length(context_len)
+    assert length >= context_len
+    assert rows * length // context % 16 == 0
+    assert length - context_len < 32 * context
+
+
+def test_a_gpu_multiplies_float8_of_such_numbers_alone() -> None:
+    """Torch's own checks of shapes, on the meta device."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    for kind in ("tensorwise", "rowwise"):
+        with torch.device("meta"):
+            layer = torch.nn.Linear(64, 32, bias=False, dtype=torch.bfloat16)
+            rows, others = (torch.zeros(size, 64, dtype=torch.bfloat16, requires_grad=True) for size in (64, 61))
+        layer = convert_to_float8_training(layer, config=Float8LinearConfig.from_recipe_name(kind))
+        layer(rows).sum().backward()
+        with pytest.raises(RuntimeError, match="divisible by 16"):
+            layer(others).sum().backward()
+
+
+@pytest.mark.parametrize("recompute", ["nothing", "selective", "full"])
+def test_layers_are_compiled_whatever_is_recomputed(recompute: str) -> None:
+    config = pretrain_config().transformer_config(300)
+    tokens, documents = torch.arange(64).view(1, 64), torch.arange(64).div(20, rounding_mode="floor").view(1, 64)
+    gradients = []
+    torch._dynamo.reset()
+    with functorch_config.patch(aggressive_recomputation=False):  # put back as it was at the end
+        for is_compiled in (False, True):
+            torch._dynamo.utils.counters.clear()
+            layout = LayoutConfig.model_validate({"compile": is_compiled, "recompute": recompute})
+            torch.manual_seed(0)
+            model = build_transformer(config, Mesh(layout, torch.device("cpu")), None, pad_token=0).train()
+            model.hidden(tokens, document_ids_BL=documents).square().sum().backward()
+            names = [name.replace("_checkpoint_wrapped_module.", "") for name, _ in model.named_parameters()]
+            gradients.append(dict(zip(names, [weight.grad for weight in model.parameters()], strict=True)))
+            assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == is_compiled
+        assert functorch_config.aggressive_recomputation == (recompute == "selective")
+    for name, grad in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], grad, atol=1e-3, rtol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -281,6 +293,12 @@ def test_rows_are_padded_so_that_all_workers_have_as_much(context_len: int, cont
         (3, {"shard": 2}, {}, "multiple of shard x context x tensor = 2"),
         (4, {"shard": 4}, {"batch_size": 6}, "as many rows for each worker that reads its own: 4 do"),
         (2, {"tensor": 2}, {}, "multiples of layout.tensor 2"),
+        (
+            1,
+            {"float8": "rowwise"},
+            {},
+            "found float8 'rowwise' with compute 'float32' and tensor 1, expected 'bfloat16'",
+        ),
         (2, {"shard": 2}, {"optim": {"matrices": "muon"}}, "Muon needs whole matrices"),
         (2, {"tensor": 2}, {"execution": {"head_loss": {"kind": "whole"}}}, "expected 'chunked'"),
     ],
@@ -291,3 +309,10 @@ def test_a_layout_that_cannot_be_is_refused(
     execution = {"num_workers": workers, "layout": layout, **more.get("execution", {})}
     with pytest.raises(ValidationError, match=said):
         pretrain_config(**{**more, "execution": execution}, model=TINY_MODEL)
+
+
+def test_muon_and_a_layout_are_refused_for_preferences_too() -> None:
+    execution = {"num_workers": 2, "layout": {"shard": 2}}
+    assert dpo_config(execution=execution).optim.matrices == "adamw"
+    with pytest.raises(ValidationError, match="Muon needs whole matrices"):
+        dpo_config(execution=execution, optim={"matrices": "muon"})

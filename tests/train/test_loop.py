@@ -3,15 +3,14 @@ import json
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -29,10 +28,11 @@ from tests.train.small_data import (
     text_tokenizer,
     tokenizer_config,
 )
+from tests.train.small_runs import run, workers
 from train.batches import batch_indices, write_sequence_file
 from train.checkpoint import latest
 from train.launch import training_identity
-from train.loop import Objective, TrainingFolder, run_loop
+from train.loop import Objective, TrainingFolder, return_freed_memory, run_loop
 from train.losses import Term
 from train.mesh import Mesh
 from train.preference import DpoObjective
@@ -46,14 +46,6 @@ ADVERSARIAL: dict[str, Any] = {
     "adversarial": {**DISCRIMINATOR, "weight": 1.0, "start_step": 4, "optim": JUDGING},
     "ema_decay": 0.5,
 }
-
-
-@pytest.fixture(autouse=True)
-def _torch_settings() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
 
 
 @dataclass(frozen=True)
@@ -72,11 +64,6 @@ class Interrupted:
             raise KeyboardInterrupt
 
 
-def _run(objective: Objective, storage: Path) -> dict[str, Tensor]:
-    run_loop(objective, training_identity("test", objective.config, "data", "sha"), storage)
-    return load_file(TrainingFolder(storage).weights / "model.safetensors")
-
-
 def _objectives(folder: Path) -> dict[str, Objective]:
     return {
         "pretrain": PretrainObjective(pretrain_config(model={"dropout": 0.2}), sequence_data(folder)),
@@ -92,12 +79,12 @@ def _objectives(folder: Path) -> dict[str, Objective]:
 @pytest.mark.parametrize("after", [2, 7])  # before and after the first checkpoints, which are at 3 and 6
 def test_an_interrupted_training_ends_with_the_same_bits(tmp_path: Path, name: str, after: int) -> None:
     objective = _objectives(tmp_path)[name]
-    whole = _run(objective, tmp_path / "whole")
+    whole = run(objective, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        _run(Interrupted(objective, after), tmp_path / "parts")
+        run(Interrupted(objective, after), tmp_path / "parts")
     newest = latest(tmp_path / "parts" / "checkpoints")
     assert (newest[0] if newest else 0) == (6 if after == 7 else 0)
-    parts = _run(objective, tmp_path / "parts")
+    parts = run(objective, tmp_path / "parts")
     assert whole.keys() == parts.keys()
     for key, value in whole.items():
         assert torch.equal(value, parts[key]), key
@@ -108,8 +95,8 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path: Path, name: s
 
 def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
     data = sequence_data(tmp_path)
-    first = _run(PretrainObjective(pretrain_config(), data), tmp_path / "first")
-    second = _run(PretrainObjective(pretrain_config(seed=1), data), tmp_path / "second")
+    first = run(PretrainObjective(pretrain_config(), data), tmp_path / "first")
+    second = run(PretrainObjective(pretrain_config(seed=1), data), tmp_path / "second")
     assert not torch.equal(first["lm_head.weight"], second["lm_head.weight"])
 
 
@@ -119,7 +106,7 @@ def test_it_learns(tmp_path: Path, name: str) -> None:
         "pretrain": PretrainObjective(pretrain_config(steps=60), sequence_data(tmp_path)),
         "vision_tokenizer": TokenizerObjective(tokenizer_config(steps=60), frame_data(tmp_path)),
     }[name]
-    _run(objective, tmp_path / "run")
+    run(objective, tmp_path / "run")
     losses = [line["loss"] for line in read_losses(tmp_path / "run" / "progress.jsonl")]
     assert losses[-1] < 0.75 * losses[0]
 
@@ -127,13 +114,13 @@ def test_it_learns(tmp_path: Path, name: str) -> None:
 def test_a_diverging_training_says_so(tmp_path: Path) -> None:
     config = pretrain_config(optim={"learning_rate": 1e30})
     with pytest.raises(ConfigError, match="learning_rate"):
-        _run(PretrainObjective(config, sequence_data(tmp_path)), tmp_path / "run")
+        run(PretrainObjective(config, sequence_data(tmp_path)), tmp_path / "run")
 
 
 def test_other_data_is_refused(tmp_path: Path) -> None:
     objective = PretrainObjective(pretrain_config(), sequence_data(tmp_path))
     with pytest.raises(KeyboardInterrupt):
-        _run(Interrupted(objective, 7), tmp_path / "run")
+        run(Interrupted(objective, 7), tmp_path / "run")
     other = training_identity("test", objective.config, "data", "other sha")
     with pytest.raises(ConfigError, match="data_sha256 'sha', expected 'other sha'"):
         run_loop(objective, other, tmp_path / "run")
@@ -146,11 +133,11 @@ def test_a_second_writer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     @dataclass(frozen=True)
     class Nested(Interrupted):
         def start(self, model: nn.Module, mesh: Mesh) -> None:
-            _run(objective, tmp_path / "run")
+            run(objective, tmp_path / "run")
 
     with pytest.raises(ConfigError, match="another process trains"):
-        _run(Nested(objective, 1), tmp_path / "run")
-    _run(objective, tmp_path / "run")  # the first writer let go of the folder when it failed
+        run(Nested(objective, 1), tmp_path / "run")
+    run(objective, tmp_path / "run")  # the first writer let go of the folder when it failed
 
 
 def test_a_step_whose_rows_hold_nothing_that_weighs_changes_nothing(tmp_path: Path) -> None:
@@ -167,7 +154,7 @@ def test_a_step_whose_rows_hold_nothing_that_weighs_changes_nothing(tmp_path: Pa
     data = dataclasses.replace(sequence_data(tmp_path), path=tmp_path / "rows.arrow")
     only_vision = {"text_weight": 0.0, "structure_weight": 0.0, "execution": {"log_every": 1}}
     objective = PretrainObjective(pretrain_config(batch_size=1, steps=8, **only_vision), data)
-    trained = _run(objective, tmp_path / "run")
+    trained = run(objective, tmp_path / "run")
     losses = read_losses(tmp_path / "run" / "progress.jsonl")
     seen = [int(batch_indices(0, step, 1, 8)[0]) for step in range(8)]
     assert [line["step"] for line in losses] == [step + 1 for step in range(8) if seen[step] >= 6]  # the two pictures
@@ -175,7 +162,7 @@ def test_a_step_whose_rows_hold_nothing_that_weighs_changes_nothing(tmp_path: Pa
     write_sequence_file(tmp_path / "texts.arrow", rows[:6], segments[:6])
     texts_only = dataclasses.replace(data, path=tmp_path / "texts.arrow")
     start = TrainingFolder(tmp_path / "run").weights
-    unchanged = _run(PretrainObjective(objective.config, texts_only, start), tmp_path / "unchanged")
+    unchanged = run(PretrainObjective(objective.config, texts_only, start), tmp_path / "unchanged")
     assert all(torch.equal(unchanged[key], value) for key, value in trained.items())
 
 
@@ -183,7 +170,7 @@ def test_rows_in_groups_take_the_steps_of_all_together(tmp_path: Path) -> None:
     data = sequence_data(tmp_path)
     optim = {"learning_rate": 0.01, "warmup_steps": 2, "eps": 1e-5}  # gradients that are only rounding stay small
     one, groups = (
-        _run(
+        run(
             PretrainObjective(pretrain_config(batch_size=5, optim=optim, execution=execution), data),
             tmp_path / f"run-{name}",
         )
@@ -197,14 +184,9 @@ def test_rows_in_groups_take_the_steps_of_all_together(tmp_path: Path) -> None:
             assert mine[figure] == pytest.approx(theirs[figure], rel=1e-5), figure
 
 
-def _rank_main(rank: int, meeting: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    try:
-        for name, objective in _two_worker_objectives(Path(folder), num_workers=2).items():
-            _run(objective, Path(folder) / f"two-{name}")
-    finally:
-        dist.destroy_process_group()
+def _train_all(rank: int, folder: Path) -> None:
+    for name, objective in _two_worker_objectives(folder, num_workers=2).items():
+        run(objective, folder / f"two-{name}")
 
 
 def _two_worker_objectives(folder: Path, num_workers: int) -> dict[str, Objective]:
@@ -232,14 +214,8 @@ def test_two_workers_take_the_steps_of_one() -> None:
     # Not tmp_path: its name may be too long for the children's command line.
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        context = multiprocessing.get_context("spawn")
-        children = [context.Process(target=_rank_main, args=(rank, str(folder / "meet"), name)) for rank in range(2)]
-        for child in children:
-            child.start()
-        one = {name: _run(made, folder / f"one-{name}") for name, made in _two_worker_objectives(folder, 1).items()}
-        for child in children:
-            child.join(120)
-            assert child.exitcode == 0
+        with workers(2, folder, _train_all):
+            one = {name: run(made, folder / f"one-{name}") for name, made in _two_worker_objectives(folder, 1).items()}
         for name, weights in one.items():
             two = load_file(folder / f"two-{name}" / "weights" / "model.safetensors")
             for key, value in weights.items():
@@ -262,3 +238,29 @@ def test_terms_of_nothing_are_left_out() -> None:
     }
     assert reduce_step(model, terms, LayoutConfig()) == {"loss": 2.0}
     assert model.weight.grad.item() == 3.0
+
+
+def _megabytes_left(queue: "multiprocessing.Queue[float]") -> None:
+    """What is left of 240 MB after they were freed, with something small between them that was not."""
+    return_freed_memory()
+    del (before := [torch.ones(4_000_000)])[:]  # from then on glibc would keep blocks of 16 MB
+    process = psutil.Process()
+    began = process.memory_info().rss
+    small, large = [], []
+    for _ in range(20):
+        large.append(torch.ones(3_000_000))
+        small.append(torch.ones(1_000))
+    assert process.memory_info().rss - began > 200e6
+    large.clear()
+    queue.put((process.memory_info().rss - began) / 1e6)
+    assert not before
+    assert len(small) == 20
+
+
+def test_what_a_layer_frees_goes_back_to_the_system() -> None:
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    child = context.Process(target=_megabytes_left, args=(queue,))
+    child.start()
+    assert queue.get(timeout=120) < 20
+    child.join()

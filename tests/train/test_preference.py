@@ -48,11 +48,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def _torch_settings() -> Iterator[None]:
-    threads = torch.get_num_threads()
+def _reference_of_this_test() -> Iterator[None]:
     yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
     stored_reference.cache_clear()
 
 
@@ -289,6 +286,15 @@ def test_a_pair_longer_than_the_context_is_refused_and_not_cut(tmp_path: Path) -
     cramped = start_weights(tmp_path, max_position_embeddings=len(long) - 1)
     with pytest.raises(ConfigError, match=f"a document of {len(long)} tokens, expected at most {len(long) - 1}"):
         train_preferences(dpo_config(), data, tmp_path / "run", start=cramped)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_cannot_be_split_are_refused_before_the_start(tmp_path: Path) -> None:
+    start, config = start_weights(tmp_path), dpo_config(execution={"num_workers": 2, "layout": {"tensor": 2}})
+    with pytest.raises(
+        ConfigError, match=r"found 1 key-value heads .* multiples of layout.tensor 2, of the weights in"
+    ):
+        train_preferences(config, pair_data(tmp_path), tmp_path / "run", start=start)
     assert not (tmp_path / "run").exists()
 
 

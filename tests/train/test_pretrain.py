@@ -14,11 +14,11 @@ from schemas.document import TextDocument, write_document
 from schemas.errors import ConfigError
 from schemas.vocabulary import Vocabulary
 from tests.train.small_data import ALONE, VOCABULARY, pretrain_config, sequence_data, text_tokenizer
+from tests.train.small_runs import run
 from train.batches import SequenceFile, write_sequence_file
 from train.head_loss import HeadLossConfig
 from train.language import Start
 from train.launch import training_identity
-from train.loop import run_loop
 from train.losses import Term, next_token_loss
 from train.pretrain import PretrainConfig, PretrainObjective, pretrain
 
@@ -88,8 +88,7 @@ def test_published_defaults_are_the_papers() -> None:
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Start:
     """Weights of a short training."""
     folder = tmp_path_factory.mktemp("begun")
-    objective = PretrainObjective(pretrain_config(steps=2), sequence_data(folder))
-    run_loop(objective, training_identity("pretrain", objective.config, "data", "sha"), folder / "run")
+    run(PretrainObjective(pretrain_config(steps=2), sequence_data(folder)), folder / "run")
     return Start(folder / "run" / "weights", digest(folder / "run" / "weights"))
 
 

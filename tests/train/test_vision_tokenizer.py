@@ -12,9 +12,9 @@ from model.weights import digest, load_vision_tokenizer
 from schemas.errors import ConfigError
 from tests.model.vision_tokenizer.test_lpips import config as lpips_files
 from tests.train.small_data import ALONE, DISCRIMINATOR, frame_data, tokenizer_config
+from tests.train.small_runs import run
 from train.batches import FrameFile
 from train.launch import training_identity
-from train.loop import run_loop
 from train.progress import read_losses
 from train.vision_tokenizer import CODE_USES, TokenizerObjective, train_vision_tokenizer
 
@@ -182,10 +182,8 @@ def test_what_is_held_out_is_reconstructed_and_not_learnt(tmp_path: Path) -> Non
     config = tokenizer_config(execution={"evaluate_every": 4, "held_out_rows": 3})
     weights = {}
     for name, kept in (("with", held_out), ("without", None)):
-        objective = TokenizerObjective(config, data, kept)
-        run_loop(objective, training_identity("test", config, "data", "sha"), tmp_path / name)
+        run(TokenizerObjective(config, data, kept), tmp_path / name)
         weights[name] = digest(tmp_path / name / "weights")
-    torch.use_deterministic_algorithms(False)
     assert weights["with"] == weights["without"]
     lines = read_losses(tmp_path / "with" / "progress.jsonl")
     assert [line["step"] for line in lines if "held_out_psnr" in line] == [4, 8]
