@@ -1,10 +1,12 @@
 """Captions by real vLLM through the stage: what dies and what is poisoned costs nothing but itself."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,18 @@ from pipeline.scan_medium import ScanConfig
 from schemas.captions import CAPTIONERS, CAPTIONS
 from schemas.catalog import Lake
 from schemas.runs import ATTEMPTS
-from tests.flows.test_caption_failures import wait_for, workers_of
+from tests.flows.test_caption_failures import Gate, wait_for, workers_of
 from tests.flows.test_scan_failures import ROOT, finish
+from tests.pipeline import stub_endpoint
 from tests.pipeline.small_vllm import engines_of, make_checkpoint, serving
+from tests.pipeline.stub_endpoint import Reply
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 pytest.importorskip("vllm")
 
 NUM_IMAGES = 40
+# A worker's block is 16 windows, and as many as six others may be answered before its last one.
+NUM_ANSWERED = 24
 # Every window is one request, whatever random weights say, and all of them take long enough to be interrupted.
 RECIPE = """
 engine = "{engine}"
@@ -87,16 +93,33 @@ class Captioning:
         self.recipe = folder / "recipe.toml"
         self.recipe.write_text(RECIPE.format(engine=engine, model=model, prompt=prompt))
 
-    def start(self) -> "subprocess.Popen[str]":
+    def start(self, *hold: str) -> "subprocess.Popen[str]":
         command = [sys.executable, "-m", "tests.flows.caption_driver", str(self.lake.folder), "all", str(self.recipe)]
         return subprocess.Popen(
-            [*command, *self.options],
+            [*command, *self.options, *hold],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+
+    @contextlib.contextmanager
+    def interrupted(self) -> Iterator[tuple["subprocess.Popen[str]", list[psutil.Process]]]:
+        """A captioning after its first commit, and its engine, which stands still inside."""
+        marker = self.recipe.with_name("committed")
+        process = self.start("--hold", str(marker))
+        wait_for(lambda: marker.exists() or process.poll() is not None, 600)
+        assert process.poll() is None, process.communicate()[1]
+        engines = engines_of(process.pid)
+        try:
+            assert len(engines) == 1
+            assert 0 < len(self.captions()) < NUM_IMAGES
+            yield process, engines
+        finally:
+            for engine in engines:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    engine.resume()
 
     def captions(self) -> list[dict[str, Any]]:
         return self._rows(CAPTIONS, "captioner_id")
@@ -108,9 +131,6 @@ class Captioning:
         mine = [r for r in self.lake.read(CAPTIONERS).to_pylist() if r["prompt_id"].startswith(self.name)]
         return self.lake.read_where(table, column, [row["captioner_id"] for row in mine]).to_pylist() if mine else []
 
-    def is_under_way(self) -> bool:
-        return 0 < len(self.captions()) < NUM_IMAGES
-
     def assert_complete(self) -> None:
         """Every window has one caption, or one reason why not."""
         assert len(self.captions()) == len({row["clip_id"] for row in self.captions()}) == NUM_IMAGES
@@ -118,32 +138,13 @@ class Captioning:
         assert reasons == {"thin": "EngineRefused", "gone": "FileNotFoundError"}
 
 
-def wait_until_under_way(captioning: Captioning, pid: int) -> None:
-    """Waits for the first captions. Engines below `pid` stand still meanwhile: to look takes longer than to caption."""
-
-    def is_under_way() -> bool:
-        engines = engines_of(pid)
-        for engine in engines:
-            engine.suspend()
-        try:
-            return captioning.is_under_way()
-        finally:
-            for engine in engines:
-                engine.resume()
-
-    wait_for(is_under_way, 240)
-
-
 def test_driver_killed(lake: Lake, checkpoint: Path, tmp_path: Path) -> None:
     captioning = Captioning(lake, tmp_path, "vllm", checkpoint)
-    process = captioning.start()
-    wait_until_under_way(captioning, process.pid)
-    engines = engines_of(process.pid)
-    process.send_signal(signal.SIGKILL)
+    with captioning.interrupted() as (process, engines):
+        process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     first = {row["clip_id"]: row["run_id"] for row in captioning.captions()}
     assert 0 < len(first) < NUM_IMAGES
-    assert engines
     assert not psutil.wait_procs(engines, timeout=60)[1], "an engine outlived its driver"
     finish(captioning.start())
     captioning.assert_complete()
@@ -154,23 +155,36 @@ def test_driver_killed(lake: Lake, checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("victim", ["worker", "engine"])
 def test_worker_or_engine_killed(lake: Lake, checkpoint: Path, tmp_path: Path, victim: str) -> None:
     captioning = Captioning(lake, tmp_path, "vllm", checkpoint)
-    process = captioning.start()
-    wait_until_under_way(captioning, process.pid)
-    engines = engines_of(process.pid)
-    victims = workers_of(process.pid) if victim == "worker" else [engine.pid for engine in engines]
-    assert len(victims) == 1
-    os.kill(victims[0], signal.SIGKILL)
+    with captioning.interrupted() as (process, engines):
+        victims = workers_of(process.pid) if victim == "worker" else [engine.pid for engine in engines]
+        assert len(victims) == 1
+        os.kill(victims[0], signal.SIGKILL)
     finish(process)
     assert not psutil.wait_procs(engines, timeout=60)[1], "the first engine is still there"
     captioning.assert_complete()
 
 
 def test_server_killed(lake: Lake, checkpoint: Path, tmp_path: Path) -> None:
-    with serving(checkpoint) as url:
-        options = (f"endpoint.url={url}", "endpoint.concurrency=2", "endpoint.patience_s=2", "endpoint.timeout_s=60")
+    with contextlib.ExitStack() as server:
+        url = server.enter_context(serving(checkpoint))
+
+        def forward(request: dict[str, Any], _: int) -> Reply:
+            response = httpx.post(f"{url}/chat/completions", json=request, timeout=600)
+            return Reply(response.status_code, response.content)
+
+        # The gate lies at the server's address: more windows than fill a block are answered, and some wait, however fast it is.
+        gate = Gate(NUM_ANSWERED, forward)
+        gated = server.enter_context(stub_endpoint.serving(gate, models=httpx.get(f"{url}/models").content))
+        options = (
+            f"endpoint.url={gated.url}",
+            "endpoint.concurrency=2",
+            "endpoint.patience_s=2",
+            "endpoint.timeout_s=600",
+        )
         captioning = Captioning(lake, tmp_path, "endpoint", checkpoint, *options)
         process = captioning.start()
-        wait_until_under_way(captioning, os.getpid())
+        wait_for(lambda: len(captioning.captions()) > 0 or process.poll() is not None, 600)
+        server.close()
     _, said = process.communicate(timeout=240)
     assert process.returncode == 1
     assert "run the same command again" in said
@@ -178,7 +192,7 @@ def test_server_killed(lake: Lake, checkpoint: Path, tmp_path: Path) -> None:
     assert 0 < done < NUM_IMAGES
     assert all(Path(row["uri"]).stem in ("thin", "gone") for row in captioning.failures())
     was_refused = any(Path(row["uri"]).stem == "thin" for row in captioning.failures())
-    port = int(url.split(":")[2].split("/")[0])
+    port = int(gated.url.split(":")[2].split("/")[0])
     with serving(checkpoint, port):
         finish(captioning.start())
         asked = successes(port)

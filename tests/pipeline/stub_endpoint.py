@@ -57,8 +57,10 @@ def frames_of(request: dict[str, Any]) -> list[npt.NDArray[np.uint8]]:
 
 
 @contextmanager
-def serving(answer: Callable[[dict[str, Any], int], Reply], port: int = 0, owner: str = "stub") -> Iterator[Endpoint]:
-    """Serves `answer(request, index)` on localhost; `index` counts requests from 0."""
+def serving(
+    answer: Callable[[dict[str, Any], int], Reply], port: int = 0, owner: str = "stub", models: bytes | None = None
+) -> Iterator[Endpoint]:
+    """Serves `answer(request, index)` on localhost; `index` counts requests from 0. `models`: what it says it serves."""
     lock, running = threading.Lock(), [0]
     connections: list[socket.socket] = []
 
@@ -70,7 +72,7 @@ def serving(answer: Callable[[dict[str, Any], int], Reply], port: int = 0, owner
             super().setup()
 
         def do_GET(self) -> None:
-            self._send(Reply(body=json.dumps({"data": [{"id": MODEL, "owned_by": owner}]}).encode()))
+            self._send(Reply(body=models or json.dumps({"data": [{"id": MODEL, "owned_by": owner}]}).encode()))
 
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["content-length"])))
