@@ -21,6 +21,9 @@ from schemas.errors import ConfigError, RowError
 Image = NDArray[np.uint8]
 """One picture: uint8 [height, width, 3], blue first as OpenCV has it."""
 
+Size = tuple[int, int]
+"""(width, height) in pixels."""
+
 CustomDecoder = Callable[[Path], Iterable[tuple[float, Image]]]
 """A decoder of the user's own: a path -> (seconds, BGR image as shown) in presentation order."""
 
@@ -33,25 +36,38 @@ class Frame:
     """One frame of a video: its place, its time, and its picture on demand.
 
     `pts` counts `time_base` units from the first frame of the video. `index` counts frames in presentation order and is
-    None after a seek, where it cannot be known. Pictures nobody asks for are not converted.
+    None after a seek, where it cannot be known. Pictures nobody asks for are not converted; one that was is kept.
     """
 
-    __slots__ = ("_convert", "index", "pts", "time_base")
+    __slots__ = ("_convert", "_image", "index", "pts", "time_base")
 
     def __init__(self, index: int | None, pts: int, time_base: Fraction, convert: Callable[[], Image]) -> None:
         self.index = index
         self.pts = pts
         self.time_base = time_base
         self._convert = convert
+        self._image: Image | None = None
 
     @property
     def seconds(self) -> float:
         """Presentation time in seconds after the first frame of the video."""
         return float(self.pts * self.time_base)
 
+    @property
+    def size(self) -> Size:
+        """Of the picture as shown."""
+        height, width = self.bgr().shape[:2]
+        return width, height
+
     def bgr(self) -> Image:
         """The picture as shown: uint8 [height, width, 3], blue first."""
-        return self._convert()
+        if self._image is None:
+            self._image = self._convert()
+        return self._image
+
+    def sketch(self, size: Size) -> Image | None:
+        """A rough picture of this size, where the decoder has one for much less than `bgr` costs."""
+        return None
 
 
 class VideoReader(ABC):

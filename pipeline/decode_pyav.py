@@ -4,6 +4,7 @@ import threading
 from array import array
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorTrc, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from pipeline.decode import FALLBACK_FPS, Frame, Image, VideoReader, check_pixels, turned
+from pipeline.decode import FALLBACK_FPS, Frame, Image, Size, VideoReader, check_pixels, turned
+from pipeline.decode_planes import sketched
 from schemas.errors import RowError
 
 PLAYLISTS = frozenset({"concat", "hls", "applehttp", "dash", "imf", "sdp", "rtsp", "webm_dash_manifest"})
@@ -28,6 +30,29 @@ SLOPPY_END_S = 1.0  # headers overstate the length by this much, or by the share
 SLOPPY_END_RATIO = 0.05
 
 _of_thread = threading.local()
+
+
+class PyavFrame(Frame):
+    """A frame as FFmpeg decoded it, which is in memory of FFmpeg's own until a picture is asked for."""
+
+    __slots__ = ("_raw",)
+
+    def __init__(self, index: int | None, pts: int, time_base: Fraction, raw: VideoFrame) -> None:
+        super().__init__(index, pts, time_base, partial(shown, raw))
+        self._raw = raw
+
+    @property
+    def size(self) -> Size:
+        """Of the picture as shown."""
+        width, height = self._raw.width, self._raw.height
+        return (height, width) if int(self._raw.rotation) % 180 else (width, height)
+
+    def sketch(self, size: Size) -> Image | None:
+        """From the planes, as they are stored: neither turned nor, which is why there is none of HDR, toned down."""
+        if int(self._raw.color_trc) in HDR_TRANSFERS:
+            return None
+        width, height = size
+        return sketched(self._raw, (height, width) if int(self._raw.rotation) % 180 else size)
 
 
 class PyavReader(VideoReader):
@@ -117,7 +142,7 @@ class PyavReader(VideoReader):
             pts = self._pts(raw, time_base)
             self._last_pts = pts
             self.end_s = float((pts + self._duration(raw, time_base)) * time_base)
-            yield Frame(self._index, pts, time_base, lambda raw=raw: self._bgr(raw))  # type: ignore[misc]  # default binds the loop variable
+            yield PyavFrame(self._index, pts, time_base, raw)
             if self._index is not None:
                 self._index += 1
         self._check_whole()
@@ -143,21 +168,6 @@ class PyavReader(VideoReader):
         if stated > 0 and 2 * stated >= self._step:
             return stated
         return self._step or max(1, round(1 / (self.fps * time_base)))
-
-    def _bgr(self, raw: VideoFrame) -> Image:
-        """Bicubic chroma, as OpenCV converts, so that scene cuts equal those of PySceneDetect on OpenCV; HDR is toned
-        down to the standard range, without which it looks like fog.
-        """
-        hdr = int(raw.color_trc) in HDR_TRANSFERS
-        shown = _reformatter().reformat(
-            raw,
-            format="bgr24",
-            interpolation=Interpolation.BICUBIC,
-            dst_color_trc=ColorTrc.BT709 if hdr else None,
-            dst_color_primaries=ColorPrimaries.BT709 if hdr else None,
-            threads=1,
-        )
-        return turned(np.asarray(shown.to_ndarray(), np.uint8), raw.rotation)
 
     def _check_whole(self) -> None:
         """Raises: RowError(Truncated) if the packets stop well before the length in the header, RowError(Corrupt) if they
@@ -216,6 +226,22 @@ class PyavReader(VideoReader):
     def close(self) -> None:
         """Closes the file."""
         self._container.close()
+
+
+def shown(raw: VideoFrame) -> Image:
+    """A decoded frame -> the picture as shown. Bicubic chroma, as OpenCV converts, so that scene cuts equal those of
+    PySceneDetect on OpenCV; HDR is toned down to the standard range, without which it looks like fog.
+    """
+    hdr = int(raw.color_trc) in HDR_TRANSFERS
+    shown = _reformatter().reformat(
+        raw,
+        format="bgr24",
+        interpolation=Interpolation.BICUBIC,
+        dst_color_trc=ColorTrc.BT709 if hdr else None,
+        dst_color_primaries=ColorPrimaries.BT709 if hdr else None,
+        threads=1,
+    )
+    return turned(np.asarray(shown.to_ndarray(), np.uint8), raw.rotation)
 
 
 def _ends_early(reached_s: float, stated_s: float) -> bool:

@@ -1,9 +1,9 @@
-"""Scene cuts, found while frames go by: PySceneDetect's own detectors, fed frame by frame by whoever decodes.
+"""Scene cuts, decided from a few numbers of every frame: PySceneDetect's own decisions, apart from its measurements.
 
 Paper: Emu3 report, appendix on video data: ContentDetector for cuts and ThresholdDetector for fades. Its thresholds are
 not stated; the library's defaults are taken. The cut list equals that of PySceneDetect's own `SceneManager` with both
-detectors: this file repeats what the manager does around them (size of the analysed picture, order, sorting), because
-the manager insists on decoding by itself.
+detectors: this file repeats what the manager does around them (order, sorting), because the manager insists on decoding
+by itself. The numbers come from `pipeline.frame_meter`.
 """
 
 from array import array
@@ -13,15 +13,12 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from schemas.recipe import Config, short_hash
 
 if TYPE_CHECKING:
     from scenedetect import FrameTimecode
-
-ANALYSED_LONG_EDGE_PX = 256  # SceneManager's automatic downscale: the longer side becomes this long
 
 
 class SegmentationConfig(Config):
@@ -47,73 +44,53 @@ class Span:
     end_ms: int
 
 
-@dataclass(frozen=True)
-class Step:
-    """What one frame told the cutter.
+@dataclass(frozen=True, slots=True)
+class FrameNumbers:
+    """What cuts are decided by. `score` is the change since the last frame and `mean` the brightness, both 0 to 255;
+    None where a frame is not analysed, because its size is not that of the first.
 
-    `starts_clip`: a clip is now known to start at this very frame. `late_cuts`: frames before this one at which a clip
-    is now known to start after all. `candidate`: a clip may later be found to start at this frame. `dark`: the picture
-    is faded out, or was until this frame, so that a fade may later cut anywhere since.
+    `candidate`: the score reaches the threshold of cuts. `dark`: the mean is below the threshold of fades.
     """
 
-    starts_clip: bool = False
-    late_cuts: tuple[int, ...] = ()
+    score: float | None
+    mean: float | None
     candidate: bool = False
     dark: bool = False
 
 
 class SceneCutter:
-    """Takes every frame of a video once and knows its cuts at the end.
+    """Takes the numbers of every frame of a video in order and knows its cuts at the end.
 
     `fps` is the nominal rate of the header: PySceneDetect measures the least scene length with it, so a wrong rate
     makes a wrong length there and here alike.
     """
 
     def __init__(self, config: SegmentationConfig, fps: Fraction) -> None:
-        from scenedetect import ContentDetector, ThresholdDetector
+        from scenedetect import ThresholdDetector
+        from scenedetect.detector import FlashFilter
 
-        self._config = config
         self._fps = fps
-        self._content = ContentDetector(config.content_threshold, min_scene_len=config.min_scene_len_frames)
+        self._content = FlashFilter(FlashFilter.Mode.MERGE, config.min_scene_len_frames)
         self._fade = ThresholdDetector(config.fade_threshold, min_scene_len=config.min_scene_len_frames)
         self._cuts: list[FrameTimecode] = []
         self._times = array("d")  # seconds of every frame
-        self._size: tuple[int, int] | None = None
 
     @property
     def num_frames(self) -> int:
         """Frames seen so far."""
         return len(self._times)
 
-    @property
-    def content_score(self) -> float:
-        """ContentDetector's score of the newest frame: mean change of hue, saturation and brightness, 0 to 255."""
-        return self._content._frame_score or 0.0
-
-    def see(self, image: NDArray[np.uint8], pts: int, time_base: Fraction) -> Step:
-        """One frame, BGR at full size, and its time -> what it told. Frames of another size than the first are
-        counted but not analysed, as PySceneDetect does.
-        """
+    def see(self, numbers: FrameNumbers, pts: int, time_base: Fraction) -> None:
+        """The numbers of the next frame and its time. A frame that was not analysed is only counted."""
         from scenedetect.common import FrameTimecode, Timecode
 
-        index = len(self._times)
         self._times.append(float(pts * time_base))
-        size = (image.shape[1], image.shape[0])
-        self._size = self._size or size
-        if size != self._size:
-            return Step()
+        if numbers.mean is None:
+            return
         position = FrameTimecode(Timecode(pts, time_base), fps=self._fps)
-        small = analysed(image)
-        was_dark = self._fade.last_fade["type"] == "out"
-        cuts = self._content.process_frame(position, small) + self._fade.process_frame(position, small)
-        self._cuts += cuts
-        starts = {self._frame_of(cut) for cut in cuts}
-        return Step(
-            starts_clip=index in starts,
-            late_cuts=tuple(sorted(starts - {index})),
-            candidate=self.content_score >= self._config.content_threshold,
-            dark=was_dark or self._fade.last_fade["type"] == "out",
-        )
+        self._cuts += self._content.filter(position, numbers.candidate)
+        # The detector takes the mean of a picture: a picture of one number has that mean.
+        self._cuts += self._fade.process_frame(position, np.array([numbers.mean]))
 
     def _frame_of(self, cut: "FrameTimecode") -> int:
         """A detector's timecode -> the index of the first frame of the new clip.
@@ -139,18 +116,6 @@ class SceneCutter:
         ends = [*starts[1:], self.num_frames]
         ends_ms = [*starts_ms[1:], max(round(end_s * 1000), starts_ms[-1])]
         return [Span(*edges) for edges in zip(starts, ends, starts_ms, ends_ms, strict=True)]
-
-
-def analysed(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A frame -> the small frame that SceneManager would hand to its detectors by default."""
-    import cv2
-
-    height, width = image.shape[:2]
-    factor = max(width, height) / ANALYSED_LONG_EDGE_PX
-    if factor <= 1.0:
-        return image
-    size = (max(1, round(width / factor)), max(1, round(height / factor)))
-    return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)  # type: ignore[return-value]  # uint8 in, uint8 out
 
 
 def _is_exact(cut: "FrameTimecode") -> bool:

@@ -1,21 +1,23 @@
 """The one pass over a medium: every frame is decoded once, and cuts and all CPU scores come out of it.
 
-The cutter sees every frame. Each scorer sees the few small frames it declared, taken on a time grid that starts anew at
-every cut as soon as it is known. A cut can become known late (a fade is cut in its middle, when it is over), so values
-are kept per sample, a few numbers each, and are given to clips when the medium is over; frames are not kept.
+The cutter gets a few numbers of every frame. Each scorer sees the few small frames it declared. Values are kept per
+sample, a few numbers each, and are given to clips when the medium is over; frames are not kept, and those that neither a
+cut nor a scorer asks for are not even converted.
 """
 
 import time
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from pipeline import score_motion, score_resolution, score_technical, score_text
-from pipeline.clip_scorers import ClipScorers
-from pipeline.decode import Image, check_decoder, open_video
-from pipeline.detect_scenes import SceneCutter, SegmentationConfig, Span, Step
+from pipeline.clip_scorers import ClipScorers, Measurements
+from pipeline.decode import FALLBACK_FPS, MICROSECOND, Frame, Size, check_decoder, open_video
+from pipeline.detect_scenes import FrameNumbers, SceneCutter, SegmentationConfig, Span
+from pipeline.frame_meter import FrameMeter
 from schemas.errors import RowError
 from schemas.identity import clip_id
 from schemas.recipe import Config, short_hash
@@ -126,10 +128,11 @@ def _scan_image(path: Path, config: ScanConfig) -> tuple[list[Span], list[dict[s
     from pipeline.read_image import read_image
 
     image = read_image(path, config.limits.max_pixels).bgr
+    frame = Frame(0, 0, MICROSECOND, lambda: image)
+    scorers = _scorers(config, frame, FALLBACK_FPS)
+    scorers.see(0, frame, FrameNumbers(0.0, None))
     span = Span(0, 1, 0, 0)
-    scorers = _scorers(config, image)
-    scorers.see(0, 0.0, image, Step())
-    return [span], [_scores(span, scorers, image, None)], "pillow", 1
+    return [span], [_scores(span, scorers.finish(), frame.size, None)], "pillow", 1
 
 
 def _scan_video(path: Path, config: ScanConfig) -> tuple[list[Span], list[dict[str, Row]], str, int]:
@@ -137,25 +140,27 @@ def _scan_video(path: Path, config: ScanConfig) -> tuple[list[Span], list[dict[s
     limits = config.limits
     scorers: ClipScorers | None = None
     with open_video(path, config.decoder, max_pixels=limits.max_pixels, threads=limits.threads) as reader:
-        cutter = SceneCutter(config.segmentation, reader.fps)
+        cutter, meter = SceneCutter(config.segmentation, reader.fps), FrameMeter(config.segmentation)
         for index, frame in enumerate(reader):
-            image = frame.bgr()
             if scorers is None:
-                first = image
-                scorers = _scorers(config, first)
-            scorers.see(index, frame.seconds, image, cutter.see(image, frame.pts, frame.time_base))
+                size = frame.size
+                scorers = _scorers(config, frame, reader.fps)
+            numbers = meter.measure(frame)
+            cutter.see(numbers, frame.pts, frame.time_base)
+            scorers.see(index, frame, numbers)
         if scorers is None:
             raise RowError("DecodeFailed", f"{path.name}: no frame decodes")
-        spans = cutter.spans(reader.end_s)
-        scores = [_scores(span, scorers, first, (span.end_ms - span.start_ms) / 1000) for span in spans]
+        spans, measured = cutter.spans(reader.end_s), scorers.finish()
+        scores = [_scores(span, measured, size, (span.end_ms - span.start_ms) / 1000) for span in spans]
         return spans, scores, reader.decoder, cutter.num_frames
 
 
-def _scorers(config: ScanConfig, first: Image) -> ClipScorers:
-    return ClipScorers(config.motion, config.text, config.technical, (first.shape[1], first.shape[0]))
+def _scorers(config: ScanConfig, first: Frame, fps: Fraction) -> ClipScorers:
+    # FlashFilter counts frame numbers at the nominal rate, rounded.
+    least_cut_s = float(max(0, config.segmentation.min_scene_len_frames - 1) / fps)
+    return ClipScorers(config.motion, config.text, config.technical, first.size, least_cut_s)
 
 
-def _scores(span: Span, scorers: ClipScorers, first: Image, duration_s: float | None) -> dict[str, Row]:
-    height, width = first.shape[:2]
-    resolution = score_resolution.score_resolution(width, height, duration_s)
-    return {RESOLUTION.name: asdict(resolution), **scorers.scores(span.start_frame, span.end_frame)}
+def _scores(span: Span, measured: Measurements, size: Size, duration_s: float | None) -> dict[str, Row]:
+    resolution = score_resolution.score_resolution(*size, duration_s)
+    return {RESOLUTION.name: asdict(resolution), **measured.scores(span.start_frame, span.end_frame)}

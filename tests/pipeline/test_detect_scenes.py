@@ -14,8 +14,9 @@ from scenedetect import ContentDetector, SceneManager, ThresholdDetector
 from scenedetect import open_video as open_stream
 
 from pipeline.decode import open_video
-from pipeline.detect_scenes import SceneCutter, SegmentationConfig, Span
-from tests.pipeline.made_media import SHARED_MEDIA, Image, faded, shared_media, shot, write_video
+from pipeline.detect_scenes import FrameNumbers, SceneCutter, SegmentationConfig, Span
+from pipeline.frame_meter import FrameMeter
+from tests.pipeline.made_media import SHARED_MEDIA, faded, shared_media, shot, write_video
 
 NEAR_THRESHOLD = 0.02  # a frame whose score is this close to the threshold may fall on either side
 FAST_MEGAPIXELS = 15  # the rest is for the slow run
@@ -29,17 +30,16 @@ class Scored(SceneCutter):
         super().__init__(config, fps)
         self.scores: list[float] = []
 
-    def see(self, image: Image, pts: int, time_base: Fraction) -> Any:
-        step = super().see(image, pts, time_base)
-        self.scores.append(self.content_score)
-        return step
+    def see(self, numbers: FrameNumbers, pts: int, time_base: Fraction) -> None:
+        super().see(numbers, pts, time_base)
+        self.scores.append(numbers.score or 0.0)
 
 
 def ours(path: Path, config: SegmentationConfig) -> tuple[Scored, list[Span]]:
     with open_video(path) as reader:
-        cutter = Scored(config, reader.fps)
+        cutter, meter = Scored(config, reader.fps), FrameMeter(config)
         for frame in reader:
-            cutter.see(frame.bgr(), frame.pts, frame.time_base)
+            cutter.see(meter.measure(frame), frame.pts, frame.time_base)
         return cutter, cutter.spans(reader.end_s)
 
 

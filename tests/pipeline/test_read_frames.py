@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
+from pipeline import decode_pyav
 from pipeline.decode import BUILT_IN, open_video
 from pipeline.decode_pyav import PyavReader
 from pipeline.detect_scenes import SceneCutter, SegmentationConfig, Span
+from pipeline.frame_meter import FrameMeter
 from pipeline.read_frames import read_frames
 from schemas.errors import RowError
 from tests.pipeline.made_media import Image, shared_media, shot, write_video
@@ -19,12 +21,12 @@ from tests.pipeline.made_media import Image, shared_media, shot, write_video
 
 def scanned(path: Path) -> tuple[list[Image], list[float], list[Span]]:
     with open_video(path) as reader:
-        cutter = SceneCutter(SegmentationConfig(), reader.fps)
+        cutter, meter = SceneCutter(SegmentationConfig(), reader.fps), FrameMeter(SegmentationConfig())
         images, times = [], []
         for frame in reader:
             images.append(frame.bgr())
             times.append(frame.seconds)
-            cutter.see(images[-1], frame.pts, frame.time_base)
+            cutter.see(meter.measure(frame), frame.pts, frame.time_base)
         return images, times, cutter.spans(reader.end_s)
 
 
@@ -144,19 +146,19 @@ def test_real_videos(file: str) -> None:
 def test_the_end_of_a_long_video_is_read_without_its_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", shot(1, 500), options={"g": "25"})
     decoded, converted = [], []
-    frames_of, picture_of = PyavReader._decoded, PyavReader._bgr
+    frames_of, picture_of = PyavReader._decoded, decode_pyav.shown
 
     def counted_frames(self: PyavReader) -> Iterator[Any]:
         for raw in frames_of(self):
             decoded.append(raw.pts)
             yield raw
 
-    def counted_picture(self: PyavReader, raw: Any) -> Image:
+    def counted_picture(raw: Any) -> Image:
         converted.append(raw.pts)
-        return picture_of(self, raw)
+        return picture_of(raw)
 
     monkeypatch.setattr(PyavReader, "_decoded", counted_frames)
-    monkeypatch.setattr(PyavReader, "_bgr", counted_picture)
+    monkeypatch.setattr(decode_pyav, "shown", counted_picture)
     read_frames(path, 19_000, 19_400, num_frames=3)
     assert len(converted) == 3
     assert len(decoded) <= 60

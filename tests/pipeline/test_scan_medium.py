@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from pipeline.decode import Image
+from pipeline.clip_scorers import ClipScorers
+from pipeline.decode import Frame, Image
+from pipeline.detect_scenes import FrameNumbers
 from pipeline.sandbox import Sandbox
 from pipeline.scan_medium import ScanConfig, ScanLimits, ScanResult, scan_medium
 from pipeline.score_motion import MotionConfig
@@ -18,11 +21,17 @@ from schemas.clips import CLIPS, SCANS
 from schemas.errors import ConfigError, RowError
 from schemas.scores import FAMILIES
 from schemas.table import Table
-from tests.pipeline.made_media import shared_media, shot, write_video
+from tests.pipeline.made_media import MILLISECOND, shared_media, shot, write_video
 
 MEDIA_ID = "0123456789abcdef"
 STAMPS = {"run_id", "written_at"}
 decoded: list[int] = []
+
+
+class Watched(Frame):
+    """A frame whose end can be seen."""
+
+    __slots__ = ("__weakref__",)
 
 
 def counted(path: Path) -> Iterator[tuple[float, Image]]:
@@ -143,19 +152,17 @@ def test_a_result_travels(video: Path) -> None:
 
 
 def test_memory_does_not_grow_with_length() -> None:
-    """Ten minutes of samples are a few thousand numbers: nothing that holds a picture survives its frame."""
-    from pipeline.clip_scorers import ClipScorers
-    from pipeline.detect_scenes import Step
-
+    """Samples are numbers, and no frame lives longer than its successor: not even where every frame may begin a clip."""
     config = ScanConfig()
-    scorers = ClipScorers(config.motion, config.text, config.technical, (64, 48))
+    scorers = ClipScorers(config.motion, config.text, config.technical, (64, 48), least_cut_s=0.56)
     image = np.full((48, 64, 3), 120, np.uint8)
-    sizes = []
+    alive: weakref.WeakSet[Frame] = weakref.WeakSet()
     for index in range(3000):
-        scorers.see(index, index / 5, image, Step(candidate=index % 3 == 0))
-        if index in (1000, 2999):
-            sizes.append(len(pickle.dumps(scorers._candidates)))
-    assert sizes[1] <= 1.2 * sizes[0]
+        frame = Watched(index, index * 200, MILLISECOND, lambda: image)
+        alive.add(frame)
+        scorers.see(index, frame, FrameNumbers(30.0, 120.0, candidate=index % 3 == 0))
+        assert len(alive) <= 2
+    assert len(pickle.dumps(scorers.finish())) < 1_000_000
 
 
 def shared_files() -> list[str]:
