@@ -47,7 +47,7 @@ class Picker:
 
     def __init__(self, spec: SampleSpec, width_px: int, height_px: int, least_cut_s: float) -> None:
         self._size = shrunk_size(width_px, height_px, spec.short_edge_px)
-        self._step_s = 1 / spec.fps
+        self._fps = spec.fps
         self._least_cut_s = least_cut_s
         self._point = -1  # the newest point of the grid that has its sample
         self._pending: tuple[int, Sample] | None = None
@@ -80,13 +80,13 @@ class Picker:
 
     def _is_due(self, seconds: float) -> bool:
         """Whether the frame shown at `seconds` is the first one at or after a point of the grid."""
-        point = int((seconds + GRID_TOLERANCE_S) / self._step_s)
+        point = grid_point(seconds, self._fps)
         is_new = point > self._point
         self._point = max(point, self._point)
         return is_new
 
     def _start_of_pair(self, seconds: float) -> tuple[int, Sample] | None:
-        if self._pending is None or seconds - self._pending[1].seconds < LEAST_PAIR_STEPS * self._step_s:
+        if self._pending is None or seconds - self._pending[1].seconds < LEAST_PAIR_STEPS / self._fps:
             return None
         return self._pending
 
@@ -107,6 +107,11 @@ class Picker:
 
     def _sample(self, frame: Frame) -> Sample:
         return Sample(shrunk(frame.bgr(), self._size), frame.seconds)
+
+
+def grid_point(seconds: float, fps: float) -> int:
+    """The newest point of the grid at a time."""
+    return int((seconds + GRID_TOLERANCE_S) * fps)
 
 
 @dataclass

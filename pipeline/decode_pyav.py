@@ -3,6 +3,7 @@
 import threading
 from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from itertools import chain
@@ -26,6 +27,7 @@ LOST_RATIO_MAX = 0.1  # share of packets that may not decode: a scratch, not a r
 # Containers whose header speaks of the whole file: FFmpeg says the same of each stream.
 STATES_FILE_LENGTH = frozenset({"matroska", "nut", "mpegts", "mpeg", "flv"})
 HDR_TRANSFERS = {int(ColorTrc.SMPTE2084), int(ColorTrc.ARIB_STD_B67)}  # PQ and HLG need tone mapping
+SEEK_MARGINS_S = (0.0, 5.0, 30.0)  # indexes point past their target, and streams without one are entered anywhere
 SLOPPY_END_S = 1.0  # headers overstate the length by this much, or by the share below, in files that are whole
 SLOPPY_END_RATIO = 0.05
 
@@ -202,22 +204,27 @@ class PyavReader(VideoReader):
         return of_stream_s, max(max(self._stamps_s, default=0.0) - begins_s, self.end_s)
 
     def seek(self, seconds: float) -> None:
-        """To the key frame before `seconds`; a file that cannot seek is opened again, from its first frame."""
-        if seconds <= 0:
-            return self._rewind()
+        """To a key frame before `seconds`; a file that cannot seek is opened again, from its first frame."""
         base = self._stream.time_base or Fraction(1, av.time_base)
-        try:
-            self._container.seek(self._origin + int(seconds / base), stream=self._stream, backward=True)
-        except av.error.FFmpegError:
-            return self._rewind()
-        self._raw = self._decoded()
-        self._index = None
-        self._last_pts = None
-        first = next(self._raw, None)
-        if first is None or first.pts is None or (first.pts - self._origin) * self._time_base(first) > seconds:
-            return self._rewind()  # an index that points past its target
-        self._raw = chain([first], self._raw)
-        return None
+        for margin_s in SEEK_MARGINS_S:
+            if seconds <= margin_s:
+                break
+            try:
+                self._container.seek(
+                    self._origin + int((seconds - margin_s) / base), stream=self._stream, backward=True
+                )
+            except av.error.FFmpegError:
+                break
+            self._raw = self._decoded()
+            self._index = None
+            self._last_pts = None
+            first = next(self._raw, None)
+            if first is None or first.pts is None:
+                continue
+            if (first.pts - self._origin) * self._time_base(first) <= seconds:
+                self._raw = chain([first], self._raw)
+                return
+        self._rewind()
 
     def _rewind(self) -> None:
         self.close()
@@ -269,6 +276,38 @@ def open_container(path: Path) -> InputContainer:
         container.close()
         raise RowError("Playlist", f"{path.name} is a playlist ({name}): ingest the files that it names")
     return container
+
+
+@dataclass(frozen=True)
+class PacketTimes:
+    """Presentation times of all frames, from the first one, in order, and those of key frames among them."""
+
+    pts: list[int]
+    key_pts: list[int]
+    time_base: Fraction
+
+
+def packet_times(path: Path, least_s: float) -> PacketTimes | None:
+    """A video of at least `least_s` seconds -> when its frames are shown, without decoding one. None if it is shorter, or
+    its packets do not tell.
+
+    Raises: RowError if it is no video.
+    """
+    try:
+        with open_container(path) as container:
+            stream = first_video_stream(container, path)
+            if (container.duration or 0) / av.time_base < least_s or not stream.time_base:
+                return None
+            base = Fraction(stream.time_base.numerator, stream.time_base.denominator)
+            packets = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
+            stamps = [(packet.pts, packet.is_keyframe) for packet in packets]
+    except av.error.FFmpegError:
+        return None  # decoding tells what is wrong
+    known = sorted((stamp, is_key) for stamp, is_key in stamps if stamp is not None)
+    pts = [stamp - known[0][0] for stamp, _ in known]
+    if len(pts) < len(stamps) or len(set(pts)) < len(pts) or not pts or pts[-1] * base < least_s:
+        return None
+    return PacketTimes(pts, [stamp - known[0][0] for stamp, is_key in known if is_key], base)
 
 
 def first_video_stream(container: InputContainer, path: Path) -> VideoStream:

@@ -5,9 +5,9 @@ sample, a few numbers each, and are given to clips when the medium is over; fram
 cut nor a scorer asks for are not even converted.
 """
 
+import os
 import time
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,15 +15,16 @@ from pydantic import Field
 
 from pipeline import score_motion, score_resolution, score_technical, score_text
 from pipeline.clip_scorers import ClipScorers, Measurements
-from pipeline.decode import FALLBACK_FPS, MICROSECOND, Frame, Size, check_decoder, open_video
-from pipeline.detect_scenes import FrameNumbers, SceneCutter, SegmentationConfig, Span
-from pipeline.frame_meter import FrameMeter
-from schemas.errors import RowError
+from pipeline.decode import MICROSECOND, Frame, Size, check_decoder
+from pipeline.detect_scenes import FrameNumbers, SegmentationConfig, Span
+from pipeline.scan_video import scan_video
 from schemas.identity import clip_id
 from schemas.recipe import Config, short_hash
 from schemas.scores import MOTION, RESOLUTION, TECHNICAL, TEXT
 
 Row = dict[str, Any]
+DEFAULT_WORKERS_MAX = 4  # other media are scanned at the same time
+WORKER_MEMORY_MB = 512  # pictures of 1080p, their decoder and the models of the scorers fit in
 
 
 class ScanLimits(Config):
@@ -33,6 +34,13 @@ class ScanLimits(Config):
     memory_mb: int = Field(4096, ge=256)
     max_pixels: int = Field(120_000_000, gt=0)
     threads: int = Field(1, ge=1)  # of the decoder
+    segment_workers: int | None = Field(None, ge=1)  # processes that share a long video; by default one for each CPU
+
+    @property
+    def num_segment_workers(self) -> int:
+        """Processes that share a long video: few enough to leave each half a gigabyte of the limit."""
+        wanted = self.segment_workers or min(DEFAULT_WORKERS_MAX, len(os.sched_getaffinity(0)))
+        return max(1, min(wanted, self.memory_mb // WORKER_MEMORY_MB))
 
 
 class ScanConfig(Config):
@@ -129,7 +137,7 @@ def _scan_image(path: Path, config: ScanConfig) -> tuple[list[Span], list[dict[s
 
     image = read_image(path, config.limits.max_pixels).bgr
     frame = Frame(0, 0, MICROSECOND, lambda: image)
-    scorers = _scorers(config, frame, FALLBACK_FPS)
+    scorers = ClipScorers(config.motion, config.text, config.technical, frame.size, 0.0)
     scorers.see(0, frame, FrameNumbers(0.0, None))
     span = Span(0, 1, 0, 0)
     return [span], [_scores(span, scorers.finish(), frame.size, None)], "pillow", 1
@@ -137,28 +145,10 @@ def _scan_image(path: Path, config: ScanConfig) -> tuple[list[Span], list[dict[s
 
 def _scan_video(path: Path, config: ScanConfig) -> tuple[list[Span], list[dict[str, Row]], str, int]:
     check_decoder(config.decoder)
-    limits = config.limits
-    scorers: ClipScorers | None = None
-    with open_video(path, config.decoder, max_pixels=limits.max_pixels, threads=limits.threads) as reader:
-        cutter, meter = SceneCutter(config.segmentation, reader.fps), FrameMeter(config.segmentation)
-        for index, frame in enumerate(reader):
-            if scorers is None:
-                size = frame.size
-                scorers = _scorers(config, frame, reader.fps)
-            numbers = meter.measure(frame)
-            cutter.see(numbers, frame.pts, frame.time_base)
-            scorers.see(index, frame, numbers)
-        if scorers is None:
-            raise RowError("DecodeFailed", f"{path.name}: no frame decodes")
-        spans, measured = cutter.spans(reader.end_s), scorers.finish()
-        scores = [_scores(span, measured, size, (span.end_ms - span.start_ms) / 1000) for span in spans]
-        return spans, scores, reader.decoder, cutter.num_frames
-
-
-def _scorers(config: ScanConfig, first: Frame, fps: Fraction) -> ClipScorers:
-    # FlashFilter counts frame numbers at the nominal rate, rounded.
-    least_cut_s = float(max(0, config.segmentation.min_scene_len_frames - 1) / fps)
-    return ClipScorers(config.motion, config.text, config.technical, first.size, least_cut_s)
+    video = scan_video(path, config)
+    spans = video.spans(config.segmentation)
+    scores = [_scores(span, video.measurements, video.size, (span.end_ms - span.start_ms) / 1000) for span in spans]
+    return spans, scores, video.decoder, len(video.pts)
 
 
 def _scores(span: Span, measured: Measurements, size: Size, duration_s: float | None) -> dict[str, Row]:

@@ -27,7 +27,7 @@ class MotionConfig(Config):
     @property
     def scorer_id(self) -> str:
         """Hash of family, version and parameters."""
-        return short_hash({"family": "motion", "version": 1, **self.model_dump(mode="json")})
+        return short_hash({"family": "motion", "version": 2, **self.model_dump(mode="json")})
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class TechnicalConfig(Config):
     @property
     def scorer_id(self) -> str:
         """Hash of family, version and parameters."""
-        return short_hash({"family": "technical", "version": 1, **self.model_dump(mode="json")})
+        return short_hash({"family": "technical", "version": 2, **self.model_dump(mode="json")})
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class TextConfig(Config):
     @property
     def scorer_id(self) -> str:
         """Hash of family, version and parameters."""
-        return short_hash({"family": "text", "version": 2, **self.model_dump(mode="json")})
+        return short_hash({"family": "text", "version": 3, **self.model_dump(mode="json")})
 
 
 @dataclass(frozen=True)
