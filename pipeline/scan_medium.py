@@ -16,6 +16,8 @@ from pipeline import score_motion, score_resolution, score_technical, score_text
 from pipeline.clip_scorers import ClipScorers
 from pipeline.decode import Image, check_decoder, open_video
 from pipeline.detect_scenes import SceneCutter, SegmentationConfig, Span, Step
+from pipeline.failures import FailureBound
+from pipeline.media_limits import MediaLimits
 from schemas.errors import RowError
 from schemas.identity import clip_id
 from schemas.recipe import Config, short_hash
@@ -24,12 +26,11 @@ from schemas.scores import MOTION, RESOLUTION, TECHNICAL, TEXT
 Row = dict[str, Any]
 
 
-class ScanLimits(Config):
+class ScanLimits(MediaLimits):
     """What one medium may cost. Limits are no part of a scan's identity: they decide whether, not what."""
 
     timeout_s: float = Field(3600.0, gt=0)
     memory_mb: int = Field(4096, ge=256)
-    max_pixels: int = Field(120_000_000, gt=0)
     threads: int = Field(1, ge=1)  # of the decoder
 
 
@@ -42,6 +43,7 @@ class ScanConfig(Config):
     text: score_text.TextConfig = score_text.TextConfig()
     technical: score_technical.TechnicalConfig = score_technical.TechnicalConfig()
     limits: ScanLimits = ScanLimits()
+    failures: FailureBound = FailureBound()
 
     @property
     def segmentation_id(self) -> str:
@@ -80,8 +82,8 @@ def scan_medium(path: Path, media_id: str, kind: Literal["video", "image"], conf
     error, because a file cut short would otherwise pass for a shorter film. What the header overstates by a second or
     a tenth is taken for sloppiness of the container.
 
-    Raises: RowError with DecodeFailed, Truncated, TooManyPixels, NoVideoStream or Unreadable; ConfigError for a decoder
-        or model that does not exist.
+    Raises: RowError with DecodeFailed, Truncated, Corrupt, TooManyPixels, TooManyFrames, TooLong, NoVideoStream or
+        Unreadable; ConfigError for a decoder or model that does not exist.
     """
     started = time.perf_counter()
     if kind == "image":
@@ -125,7 +127,7 @@ def _clip_row(media_id: str, kind: str, span: Span, config: ScanConfig) -> Row:
 def _scan_image(path: Path, config: ScanConfig) -> tuple[list[Span], list[dict[str, Row]], str, int]:
     from pipeline.read_image import read_image
 
-    image = read_image(path, config.limits.max_pixels).bgr
+    image = read_image(path, config.limits.max_pixels, config.limits.max_pictures).bgr
     span = Span(0, 1, 0, 0)
     scorers = _scorers(config, image)
     scorers.see(0, 0.0, image, Step())
@@ -138,7 +140,7 @@ def _scan_video(path: Path, config: ScanConfig) -> tuple[list[Span], list[dict[s
     scorers: ClipScorers | None = None
     with open_video(path, config.decoder, max_pixels=limits.max_pixels, threads=limits.threads) as reader:
         cutter = SceneCutter(config.segmentation, reader.fps)
-        for index, frame in enumerate(reader):
+        for index, frame in enumerate(limits.bounded(reader, path)):
             image = frame.bgr()
             if scorers is None:
                 first = image

@@ -11,6 +11,7 @@ import platform
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.failures import FailureBound
 from pipeline.list_sources import readable_text
 from schemas.catalog import Lake, WrittenFiles
 from schemas.errors import OutbackError, RowError
@@ -61,24 +63,31 @@ class Stage:
     concurrency: int = 1
     max_block_items: int = 128
     max_block_cost: int = 64 << 20
+    failures: FailureBound = FailureBound()  # noqa: RUF009  # frozen
 
 
 @dataclass(frozen=True)
 class StageOutcome:
-    """How a stage ended: items that gave rows, items that failed, rows added per table."""
+    """How a stage ended: items that gave rows, items that failed, those by reason, rows added per table."""
 
     num_done: int
     num_failed: int
+    failed_by_reason: Mapping[str, int]
     rows_added: Mapping[str, int]
     seconds: float
 
 
 @dataclass(frozen=True)
 class ToDo:
-    """Items to process, each with the number of its next attempt, and how many are left alone because they failed."""
+    """Items to process, each with the number of its next attempt, and by reason those left alone because they failed."""
 
     items: pa.Table
-    num_given_up: int
+    given_up: Mapping[str, int]
+
+    @property
+    def num_given_up(self) -> int:
+        """Items that are left alone."""
+        return sum(self.given_up.values())
 
 
 def left_to_do(lake: Lake, stage: Stage, items: pa.Table, done: pa.Table, *, retry_failed: bool = False) -> ToDo:
@@ -88,18 +97,20 @@ def left_to_do(lake: Lake, stage: Stage, items: pa.Table, done: pa.Table, *, ret
     """
     key = stage.item_key
     todo = items.filter(pc.invert(pc.is_in(items[key], done[key].combine_chunks())))
-    failed = lake.read_where(ATTEMPTS, "stage", [stage.name], ["stage_id", "item_id", "attempt", "terminal"])
+    failed = lake.read_where(
+        ATTEMPTS, "stage", [stage.name], ["stage_id", "item_id", "attempt", "terminal", "error_class"]
+    )
     failed = failed.filter(pc.equal(failed["stage_id"], stage.stage_id))
     last: dict[str, int] = {}
-    given_up: set[str] = set()
+    given_up: dict[str, str] = {}
     for row in failed.to_pylist():
         last[row["item_id"]] = max(row["attempt"], last.get(row["item_id"], 0))
         if not retry_failed and (row["terminal"] or row["attempt"] >= MAX_ATTEMPTS):
-            given_up.add(row["item_id"])
+            given_up[row["item_id"]] = row["error_class"]
     ids = todo[key].to_pylist()
     todo = todo.append_column("attempt", pa.array([last.get(item, 0) + 1 for item in ids], pa.int32()))
     left = todo.filter(pa.array([item not in given_up for item in ids], pa.bool_())).sort_by(key)
-    return ToDo(left, len(todo) - len(left))
+    return ToDo(left, Counter(given_up[item] for item in ids if item in given_up))
 
 
 def run_stage(
@@ -114,7 +125,8 @@ def run_stage(
 
     `num_workers` actors hold one worker each; the caller has made sure that the cluster has room for them.
 
-    Raises: the OutbackError that is no RowError by which a worker said that no item can be processed.
+    Raises: FailureRateError at the end if more items failed than the stage allows; the OutbackError that is no RowError
+        by which a worker said that no item can be processed.
     """
     import pickle
 
@@ -122,7 +134,7 @@ def run_stage(
 
     started = time.monotonic()
     if not len(todo):
-        return StageOutcome(0, 0, {}, 0.0)
+        return StageOutcome(0, 0, {}, {}, 0.0)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -154,7 +166,14 @@ def run_stage(
             on_progress(committer.num_done + committer.num_failed, len(todo), note)
         committer.commit_if_due()
     committer.commit()
-    return StageOutcome(committer.num_done, committer.num_failed, committer.rows_added, time.monotonic() - started)
+    stage.failures.check(f"items of {stage.name}", committer.num_done, committer.failed_by_reason)
+    return StageOutcome(
+        committer.num_done,
+        committer.num_failed,
+        committer.failed_by_reason,
+        committer.rows_added,
+        time.monotonic() - started,
+    )
 
 
 def _blocks(stage: Stage, todo: pa.Table, num_workers: int) -> Iterator[pa.Table]:
@@ -210,7 +229,7 @@ class _StageActor:
             {
                 "written": pa.array([pickle.dumps(written)], pa.binary()),
                 "num_done": [num_done],
-                "num_failed": [len(rows[ATTEMPTS.name])],
+                "failed": [[str(row["error_class"]) for row in rows[ATTEMPTS.name]]],
                 "stop": pa.array([pickle.dumps(stop) if stop else None], pa.binary()),
             }
         )
@@ -253,7 +272,8 @@ class _Committer:
 
     def __init__(self, lake: Lake, stage: Stage, run_id: str) -> None:
         self.lake, self.stage, self.run_id = lake, stage, run_id
-        self.num_done = self.num_failed = 0
+        self.num_done = 0
+        self.failed_by_reason: Counter[str] = Counter()
         self.rows_added: dict[str, int] = {}
         self._pending: list[WrittenFiles] = []
         self._last = time.monotonic()
@@ -262,8 +282,12 @@ class _Committer:
         import pickle
 
         self.num_done += row["num_done"]
-        self.num_failed += row["num_failed"]
+        self.failed_by_reason.update(row["failed"])
         self._pending += pickle.loads(row["written"])
+
+    @property
+    def num_failed(self) -> int:
+        return self.failed_by_reason.total()
 
     def commit_if_due(self) -> None:
         if len(self._pending) >= COMMIT_FILES or time.monotonic() - self._last >= COMMIT_SECONDS:

@@ -38,7 +38,7 @@ def items(names: str) -> pa.Table:
 def test_an_unexpected_error_costs_its_item_and_says_where(tmp_path: Path) -> None:
     lake = Lake(tmp_path / "lake")
     (row,) = _StageActor(lake, stage(), "run")(items("abc")).to_pylist()
-    assert (row["num_done"], row["num_failed"], row["stop"]) == (2, 1, None)
+    assert (row["num_done"], row["failed"], row["stop"]) == (2, ["ZeroDivisionError"], None)
     for table in (CAPTIONERS, ATTEMPTS):
         lake.commit_files(table, [w for w in pickle.loads(row["written"]) if w.table == table.name], "run")
     assert sorted(lake.read(CAPTIONERS)["captioner_id"].to_pylist()) == ["a", "c"]
