@@ -84,7 +84,8 @@ def scan(
     from pipeline.scan_medium import ScanConfig
 
     report = run(_open(lake), load_named(ScanConfig, recipe, overrides or ()), retry_failed=retry_failed)
-    _answer(report, json, f"scan {report.scan_id}: {report.num_media} media, {_found(report, 'scanned')}")
+    found = _found(report, "scanned") if report.num_media else "nothing to do; `outback ingest` registers media"
+    _answer(report, json, f"scan {report.scan_id}: {report.num_media} media, {found}")
     _exit_if(strict and _num_rejected(report) > 0)
 
 

@@ -23,6 +23,8 @@ from schemas.media import LOCATIONS, MEDIA
 from schemas.recipe import short_hash
 from schemas.scores import FAMILIES
 
+WORKER_MEMORY_MB = 512  # what a scan of ordinary media holds; limits.memory_mb is what a hostile one may take
+
 
 @dataclass(frozen=True)
 class ScanReport:
@@ -57,6 +59,7 @@ def scan_stage(config: ScanConfig) -> Stage:
         item_key="media_id",
         tables=(CLIPS, *FAMILIES, SCANS),
         make_worker=partial(ScanWorker, config),
+        memory_mb=WORKER_MEMORY_MB,
         failures=config.failures,
     )
 

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from pipeline.failures import FailureBound
 from pipeline.list_sources import readable_text
 from schemas.catalog import Lake, WrittenFiles
-from schemas.errors import OutbackError, RowError
+from schemas.errors import ConfigError, OutbackError, RowError
 from schemas.runs import ATTEMPTS
 from schemas.table import Table
 
@@ -50,7 +50,8 @@ class Stage:
     """A declared stage. `tables` are committed in this order; the last one marks items as done.
 
     `concurrency` is how many items a worker has under way at once: more than one where it mostly waits for an engine
-    that batches. Blocks then overlap, so that the engine does not run dry at the end of each.
+    that batches. Blocks then overlap, so that the engine does not run dry at the end of each. `num_cpus`, `num_gpus` and
+    `memory_mb` are what one worker needs.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Stage:
     make_worker: Callable[[], Worker]
     num_cpus: float = 1.0
     num_gpus: float = 0.0
+    memory_mb: int = 0
     concurrency: int = 1
     max_block_items: int = 128
     max_block_cost: int = 64 << 20
@@ -123,18 +125,20 @@ def run_stage(
 ) -> StageOutcome:
     """Process `todo` (columns: the item key, `attempt`, optionally `uri` and `cost`, and what the worker reads).
 
-    `num_workers` actors hold one worker each; the caller has made sure that the cluster has room for them.
+    `num_workers` actors hold one worker each, or as many as the cluster has room for.
 
-    Raises: FailureRateError at the end if more items failed than the stage allows; the OutbackError that is no RowError
-        by which a worker said that no item can be processed.
+    Raises: ConfigError before anything starts if it has room for none; FailureRateError at the end if more items failed
+        than the stage allows; the OutbackError that is no RowError by which a worker said that no item can be processed.
     """
     import pickle
 
+    import ray
     import ray.data
 
     started = time.monotonic()
     if not len(todo):
         return StageOutcome(0, 0, {}, {}, 0.0)
+    num_workers = min(num_workers, workers_that_fit(stage, ray.nodes()))
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -174,6 +178,36 @@ def run_stage(
         committer.rows_added,
         time.monotonic() - started,
     )
+
+
+def workers_that_fit(stage: Stage, nodes: Iterable[Mapping[str, Any]]) -> int:
+    """Nodes as `ray.nodes()` gives them -> how many workers of a stage they hold. A worker lies on one node.
+
+    Raises: ConfigError if they hold none: Ray would wait for a node that does.
+    """
+    needs = {"CPU": stage.num_cpus, "GPU": stage.num_gpus, "memory": float(stage.memory_mb << 20)}
+    needs = {name: amount for name, amount in needs.items() if amount > 0}
+    found = [node.get("Resources", {}) for node in nodes if node["Alive"]]
+    if not needs:
+        return max(1, len(found))
+    fit = sum(int(min(has.get(name, 0.0) / amount for name, amount in needs.items())) for has in found)
+    if fit:
+        return fit
+    most = {name: max((has.get(name, 0.0) for has in found), default=0.0) for name in needs}
+    lacks = [
+        f"{_amount(name, needs[name])}, and no node has more than {_amount(name, most[name])}"
+        for name in needs
+        if most[name] < needs[name]
+    ]
+    told = "; ".join(lacks) or f"{', '.join(_amount(*need) for need in needs.items())} on one node, and no node has all"
+    raise ConfigError(
+        f"a worker of {stage.name} needs {told} ({len(found)} nodes are up). Start a node that has it, or point "
+        "RAY_ADDRESS to another cluster"
+    )
+
+
+def _amount(name: str, value: float) -> str:
+    return f"{value / (1 << 20):.0f} MB of memory" if name == "memory" else f"{value:g} {name}s"
 
 
 def _blocks(stage: Stage, todo: pa.Table, num_workers: int) -> Iterator[pa.Table]:
