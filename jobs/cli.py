@@ -38,19 +38,35 @@ RetryOption = Annotated[bool, typer.Option("--retry-failed", help="Also try agai
 @app.command()
 def ingest(
     sources: Annotated[list[str], typer.Argument(help="Files, folders, globs, CSV/JSONL/Parquet manifests.")],
+    recipe: Annotated[str, typer.Option("--recipe", help="Ingest recipe: a shipped name or a TOML file.")] = "ingest",
+    overrides: SetOption = None,
     lake: LakeOption = "./lake",
     json: JsonOption = False,
     strict: StrictOption = False,
+    retry_failed: RetryOption = False,
 ) -> None:
     """Register media and texts. The bytes stay where they are."""
-    from jobs.ingest import IngestConfig, print_ingest
+    from jobs.ingest import IngestConfig, IngestReport, print_ingest
     from jobs.ingest import ingest as run
     from jobs.progress import progress
+    from jobs.shipped import load_named
 
-    with progress("ingest") as advance:
-        report = run(_open(lake, must_exist=False), sources, options=IngestConfig(), on_progress=advance)
-    print_ingest(report, json)
-    _exit_if(strict and bool(report.failed))
+    options = load_named(IngestConfig, recipe, overrides or ())
+    reports: list[IngestReport] = []
+    try:
+        with progress("ingest") as advance:
+            run(
+                _open(lake, must_exist=False),
+                sources,
+                options=options,
+                on_progress=advance,
+                retry_failed=retry_failed,
+                on_report=reports.append,
+            )
+    finally:
+        for report in reports:
+            print_ingest(report, json)
+    _exit_if(strict and reports[0].num_rejected + reports[0].num_failed > 0)
 
 
 @app.command()
@@ -68,7 +84,8 @@ def scan(
     from pipeline.scan_medium import ScanConfig
 
     report = run(_open(lake), load_named(ScanConfig, recipe, overrides or ()), retry_failed=retry_failed)
-    _answer(report, json, f"scan {report.scan_id}: {report.num_media} media, {_found(report, 'scanned')}")
+    found = _found(report, "scanned") if report.num_media else "nothing to do; `outback ingest` registers media"
+    _answer(report, json, f"scan {report.scan_id}: {report.num_media} media, {found}")
     _exit_if(strict and _num_rejected(report) > 0)
 
 

@@ -3,22 +3,36 @@
 import atexit
 import logging
 import os
+import socket
+import sys
 import tempfile
 from pathlib import Path
 
+from schemas.errors import ConfigError
+
 SESSION_PREFIX = "outback-ray-"
+KNOCK_TIMEOUT_S = 2.0
 
 
 def ensure_ray() -> None:
-    """Connect to Ray once per process. A local cluster is never shared with, or joined from, other programs' clusters."""
+    """Connect to Ray once per process. A local cluster is never shared with, or joined from, other programs' clusters.
+
+    Raises: ConfigError within seconds if nothing answers at RAY_ADDRESS.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if address and "ray" not in sys.modules:
+        _knock(address)  # Ray takes seconds to import, and a minute to find that nobody is there
     import ray
 
     if ray.is_initialized():
         return
     # Ray's own notices are about its insides; what goes wrong with the work is raised, or is a row in `attempts`.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.ERROR)
+    if address:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise _no_cluster(address, error) from error
         return
     # Unix socket paths are limited to 107 bytes, so the session lives under a short folder of its own.
     _sweep_dead()
@@ -31,6 +45,24 @@ def ensure_ray() -> None:
         _temp_dir=str(folder),
     )
     atexit.register(_stop_local, folder)
+
+
+def _knock(address: str) -> None:
+    """Raises: ConfigError if `host:port` or `ray://host:port` does not answer. Other addresses are Ray's to find."""
+    host, separator, port = address.rpartition("://")[2].rpartition(":")
+    if not separator or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"no Ray cluster answers at RAY_ADDRESS={address!r} ({error}): start one, correct the address, or unset it to "
+        "work on this machine alone"
+    )
 
 
 def _sweep_dead() -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -20,8 +21,10 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from jobs.run import recorded
+from pipeline.failures import REJECTIONS, FailureBound
 from pipeline.list_sources import Listing, OfferedFile, list_sources, os_reason, readable
-from pipeline.probe_media import MediaLimits, MediumFacts, named_kind, probe
+from pipeline.media_limits import MediaLimits
+from pipeline.probe_media import MediumFacts, named_kind, probe
 from pipeline.read_rows import ROW_SUFFIXES
 from pipeline.read_texts import BrokenText, Text, read_texts
 from pipeline.sandbox import Sandbox
@@ -47,7 +50,10 @@ class IngestConfig(Config):
 
     timeout_s: float = Field(default=60.0, gt=0)
     memory_mb: int = Field(default=4096, gt=0)
+    max_bytes: int = Field(default=1 << 38, gt=0)
+    """Of one file: a larger one, such as a sparse file of nothing, is not even hashed."""
     limits: MediaLimits = MediaLimits()
+    failures: FailureBound = FailureBound()
     commit_files: int = Field(default=512, gt=0)
     commit_bytes: int = Field(default=16 << 30, gt=0)
 
@@ -65,7 +71,7 @@ class Failure:
 class IngestReport:
     """What was offered and what became of it.
 
-    `offered` = `media_files` + `text_files` + `sidecars` + `manifests` + everything in `failed`, always.
+    `offered` = `media_files` + `text_files` + `sidecars` + `manifests` + everything in `rejected` and in `failed`, always.
     """
 
     offered: int = 0
@@ -73,7 +79,10 @@ class IngestReport:
     text_files: int = 0
     sidecars: int = 0
     manifests: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
+    """By reason: what is nothing to be read, or is beyond a limit."""
     failed: dict[str, int] = field(default_factory=dict)
+    """By reason: what should have been read and could not."""
     media_new: int = 0
     locations_new: int = 0
     text_rows: int = 0
@@ -82,31 +91,49 @@ class IngestReport:
     """The first few, for people; all of them are in `attempts`."""
 
     @property
+    def num_rejected(self) -> int:
+        """Files and rows that were refused."""
+        return sum(self.rejected.values())
+
+    @property
     def num_failed(self) -> int:
-        """Files and rows that gave nothing."""
+        """Files and rows that could not be read."""
         return sum(self.failed.values())
 
     @property
     def balances(self) -> bool:
         """Whether everything offered is accounted for."""
         named = self.media_files + self.text_files + self.sidecars + self.manifests
-        return self.offered == named + self.num_failed
+        return self.offered == named + self.num_rejected + self.num_failed
 
 
 def ingest(
-    lake: Lake, sources: Sequence[str | Path], *, options: IngestConfig, on_progress: OnProgress | None = None
+    lake: Lake,
+    sources: Sequence[str | Path],
+    *,
+    options: IngestConfig,
+    on_progress: OnProgress | None = None,
+    retry_failed: bool = False,
+    on_report: Callable[[IngestReport], None] | None = None,
 ) -> IngestReport:
     """Files, folders, globs and manifests -> rows of `media`, `media_locations`, `texts` and `attempts`.
 
-    Raises: ConfigError if a source is not there; nothing has been written then.
+    `on_report` is called with the balance before it is held against the bound on failures.
+
+    Raises: ConfigError if a source is not there; nothing has been written then. FailureRateError if more media, or more
+        texts, could not be read than the recipe allows; what could be is kept.
     """
     listing = list_sources(sources)
     offered = [readable(os.path.abspath(source)) for source in sources]
     with recorded(lake, STAGE, options, {"sources": offered}) as run:
-        job = _Ingest(lake, options, run.run_id, listing, on_progress or _silent)
+        job = _Ingest(lake, options, run.run_id, listing, on_progress or _silent, retry_failed)
         report = job.run()
         run.outcome |= {name: value for name, value in asdict(report).items() if name != "failures"}
-    assert report.balances, report
+        assert report.balances, report
+        if on_report is not None:
+            on_report(report)
+        options.failures.check("media", report.media_files, job.failed_media)
+        options.failures.check("texts", report.text_rows, job.failed_texts)
     return report
 
 
@@ -117,16 +144,21 @@ def print_ingest(report: IngestReport, as_json: bool) -> None:
         return
     print(
         f"offered {report.offered} = {report.media_files} media files + {report.text_files} text files "
-        f"+ {report.sidecars} sidecars + {report.manifests} manifests + {report.num_failed} failed"
+        f"+ {report.sidecars} sidecars + {report.manifests} manifests + {report.num_rejected} rejected "
+        f"+ {report.num_failed} failed"
     )
+    if not report.offered:
+        print("found no file in what was given: nothing was done")
     new = f"{report.media_new} media, {report.locations_new} locations, {report.texts_new} of {report.text_rows} texts"
     print(f"new: {new}")
-    for reason, count in sorted(report.failed.items()):
-        print(f"failed: {count} {reason}")
+    for how, counts in (("rejected", report.rejected), ("failed", report.failed)):
+        for reason, count in sorted(counts.items()):
+            print(f"{how}: {count} {reason}")
     for failure in report.failures:
         print(f"  {failure.reason}: {failure.uri!r}: {failure.message[:MAX_MESSAGE]}", file=sys.stderr)
-    if report.num_failed > len(report.failures):
-        print(f"  and {report.num_failed - len(report.failures)} more: outback show attempts", file=sys.stderr)
+    num_left = report.num_rejected + report.num_failed - len(report.failures)
+    if num_left:
+        print(f"  and {num_left} more: outback show attempts", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -145,9 +177,19 @@ class _Looked:
 class _Ingest:
     """One run over a listing."""
 
-    def __init__(self, lake: Lake, options: IngestConfig, run_id: str, listing: Listing, advance: OnProgress) -> None:
+    def __init__(
+        self,
+        lake: Lake,
+        options: IngestConfig,
+        run_id: str,
+        listing: Listing,
+        advance: OnProgress,
+        retry_failed: bool,
+    ) -> None:
         self._lake, self._options, self._run_id, self._listing = lake, options, run_id, listing
-        self._advance = advance
+        self._advance, self._retry_failed = advance, retry_failed
+        self.failed_media = Counter(refused.reason for refused in listing.refused)
+        self.failed_texts: Counter[str] = Counter()
         self._done, self._total = 0, len(listing.media) + len(listing.texts)
         self._known: set[str] = set(lake.read(MEDIA, ["media_id"])["media_id"].to_pylist())
         self._failed_before = _earlier_attempts(lake)
@@ -173,16 +215,19 @@ class _Ingest:
         attempt = 1
         try:
             before = file.path.stat()
+            if before.st_size > self._options.max_bytes:
+                found = f"found {before.st_size} bytes; the limit is max_bytes={self._options.max_bytes}"
+                raise RowError("TooManyBytes", found)
             digest = file_digest(file.path)
             stage_id = self._stage_id(digest)
             medium_id = media_id(digest)
             if medium_id in self._known:
                 return _Looked(file, medium_id=medium_id)
             earlier = self._failed_before.get((stage_id, str(file.path)), [])
-            if len(earlier) >= MAX_ATTEMPTS or any(one["terminal"] for one in earlier):
+            if not self._retry_failed and (len(earlier) >= MAX_ATTEMPTS or any(one["terminal"] for one in earlier)):
                 last = max(earlier, key=lambda one: int(one["attempt"]))
                 return _Looked(file, error=RowError(last["error_class"], last["message"]), known=True)
-            attempt = len(earlier) + 1
+            attempt = max((int(one["attempt"]) for one in earlier), default=0) + 1
             facts = open_medium(file.path)
             after = file.path.stat()
             if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
@@ -207,6 +252,7 @@ class _Ingest:
         for one in looked:
             if one.error is not None:
                 uri = str(one.file.path)
+                self.failed_media[one.error.reason] += 1
                 row = self._attempt(uri, one.error, uri, one.stage_id, one.attempt)
                 attempts += [] if one.known else [row]
         self._append_attempts(attempts)
@@ -252,6 +298,7 @@ class _Ingest:
             broken.append(self._attempt(uri, error, uri))
         except OSError as error:
             broken.append(self._attempt(uri, RowError(*os_reason(error, file.path)), uri))
+        self.failed_texts.update(str(row["error_class"]) for row in broken)
         self._append_attempts(broken)
 
     def _publish_texts(self, rows: list[dict[str, object]]) -> None:
@@ -264,7 +311,8 @@ class _Ingest:
         self, item_id: str, error: RowError, uri: str, stage_id: str = "", attempt: int = 1
     ) -> dict[str, object]:
         """Count a failure, and give its row."""
-        self._report.failed[error.reason] = self._report.failed.get(error.reason, 0) + 1
+        counts = self._report.rejected if error.reason in REJECTIONS else self._report.failed
+        counts[error.reason] = counts.get(error.reason, 0) + 1
         if len(self._report.failures) < NUM_SHOWN:
             self._report.failures.append(Failure(item_id, error.reason, error.message))
         return attempt_row(STAGE, stage_id or self._stage_id(""), item_id, error, attempt=attempt, uri=uri)
@@ -273,7 +321,7 @@ class _Ingest:
         self._lake.append(ATTEMPTS, rows, self._run_id)
 
     def _stage_id(self, digest: str) -> str:
-        limits = self._options.model_dump(mode="json", include={"timeout_s", "memory_mb", "limits"})
+        limits = self._options.model_dump(mode="json", include={"timeout_s", "memory_mb", "max_bytes", "limits"})
         return short_hash([STAGE, limits, digest])
 
     # --- progress ---

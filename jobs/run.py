@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from schemas.catalog import Lake
+from schemas.errors import FailureRateError
 from schemas.recipe import Config, canonical_json
 from schemas.runs import RUNS
 
@@ -43,6 +44,8 @@ def recorded(lake: Lake, job: str, recipe: Config | Mapping[str, Any], inputs: M
     try:
         yield run
     except BaseException as error:
+        if isinstance(error, FailureRateError):
+            run.outcome = {**error.counts, **run.outcome}
         run.outcome |= {"error": f"{type(error).__name__}: {error}"[:2000], "seconds": time.monotonic() - started}
         _append(lake, run, "failed")
         raise

@@ -23,6 +23,8 @@ from schemas.media import LOCATIONS, MEDIA
 from schemas.recipe import short_hash
 from schemas.scores import FAMILIES
 
+WORKER_MEMORY_MB = 512  # what a scan of ordinary media holds; limits.memory_mb is what a hostile one may take
+
 
 @dataclass(frozen=True)
 class ScanReport:
@@ -57,11 +59,16 @@ def scan_stage(config: ScanConfig) -> Stage:
         item_key="media_id",
         tables=(CLIPS, *FAMILIES, SCANS),
         make_worker=partial(ScanWorker, config),
+        memory_mb=WORKER_MEMORY_MB,
+        failures=config.failures,
     )
 
 
 def scan(lake: Lake, config: ScanConfig, *, retry_failed: bool = False) -> ScanReport:
-    """Scan what is left. Does not start Ray when nothing is."""
+    """Scan what is left. Does not start Ray when nothing is.
+
+    Raises: FailureRateError if more media fail, or failed before and are left alone, than the recipe allows.
+    """
     check_decoder(config.decoder)
     stage = scan_stage(config)
     media = lake.read(MEDIA, ["media_id", "kind", "num_bytes"])
@@ -69,6 +76,7 @@ def scan(lake: Lake, config: ScanConfig, *, retry_failed: bool = False) -> ScanR
     done = done.filter(pc.equal(done["scan_id"], config.scan_id))
     left = left_to_do(lake, stage, media, done, retry_failed=retry_failed)
     if not len(left.items):
+        config.failures.check("media", len(media) - left.num_given_up, left.given_up)
         return ScanReport(config.scan_id, len(media), left.num_given_up, None)
     todo = _with_places(lake, left.items)
     inputs = {"media": lake.snapshot_id(MEDIA), "todo": len(todo), "scan_id": config.scan_id}
@@ -76,6 +84,7 @@ def scan(lake: Lake, config: ScanConfig, *, retry_failed: bool = False) -> ScanR
         ensure_ray()
         outcome = run_stage(lake, stage, todo, run.run_id, num_cpus(), advance)
         run.outcome |= {"done": outcome.num_done, "failed": outcome.num_failed, "rows": dict(outcome.rows_added)}
+        run.outcome["failed_by_reason"] = dict(outcome.failed_by_reason)
     return ScanReport(config.scan_id, len(media), left.num_given_up, outcome)
 
 

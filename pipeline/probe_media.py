@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
-
+from pipeline.media_limits import GIF_MARKS, MediaLimits
 from schemas.errors import RowError
-from schemas.recipe import Config
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
 
 Kind = Literal["video", "image", "other"]
 
@@ -63,12 +66,7 @@ VIDEO_MAGIC = (
     (4, b"mdat"),
     (4, b"moof"),
 )
-
-
-class MediaLimits(Config):
-    """What a file may ask for."""
-
-    max_pixels: int = Field(120_000_000, gt=0)  # of one frame: the largest cameras pass, decompression bombs do not
+PLAYLIST_MARKS = (b"ffconcat", b"#EXTM3U", b"[playlist]", b"<smil", b"<asx", b"<ASX")
 
 
 @dataclass(frozen=True)
@@ -91,8 +89,10 @@ def sniff(path: Path) -> Kind:
     """A file -> video, image or other, by its first bytes, never by its name. A GIF that moves is a video."""
     with path.open("rb") as file:
         head = file.read(SNIFFED_BYTES)
-    if head[:6] in (b"GIF87a", b"GIF89a"):
+    if head[:6] in GIF_MARKS:
         return "video" if _moves(path) else "image"
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(PLAYLIST_MARKS):
+        return "other"  # FFmpeg would open what it names, a pipe without a writer too
     if head[4:8] == b"ftyp" and head[8:12] in PICTURE_BRANDS:
         return "image"
     if _has_magic(head, IMAGE_MAGIC):
@@ -105,7 +105,8 @@ def sniff(path: Path) -> Kind:
 def probe(path: Path, limits: MediaLimits = MediaLimits()) -> MediumFacts:  # noqa: B008  # frozen
     """A file -> its facts. A video's first frame is decoded and a picture is decoded whole, so that it can be used.
 
-    Raises: RowError with Empty, WrongExtension, Unreadable, Truncated, TooManyPixels or NoVideoStream.
+    Raises: RowError with Empty, WrongExtension, Unreadable, Truncated, NoVideoStream, TooManyPixels, TooManyFrames or
+        TooLong.
     """
     num_bytes = path.stat().st_size
     if num_bytes == 0:
@@ -130,7 +131,7 @@ def named_kind(path: Path) -> Kind:
 def _probe_image(path: Path, num_bytes: int, limits: MediaLimits) -> MediumFacts:
     from pipeline.read_image import read_image
 
-    picture = read_image(path, limits.max_pixels)
+    picture = read_image(path, limits.max_pixels, limits.max_pictures)
     height, width = picture.bgr.shape[:2]
     return MediumFacts(
         kind="image",
@@ -163,6 +164,9 @@ def _probe_video(path: Path, num_bytes: int, limits: MediaLimits) -> MediumFacts
             duration_ms: int | None = round(float(stream.duration * stream.time_base) * 1000)
         else:
             duration_ms = round(container.duration / 1000) if container.duration else None
+        gif = container.format.name == "gif"
+        num_frames = _num_packets(container, stream, limits.max_pictures) if gif else stream.frames
+        limits.check_length(path.name, num_frames, None if duration_ms is None else duration_ms / 1000, is_gif=gif)
         width, height, rotation_deg = _shown_size(path, limits)
         return MediumFacts(
             kind="video",
@@ -189,6 +193,11 @@ def _shown_size(path: Path, limits: MediaLimits) -> tuple[int, int, int]:
         if error.reason != "DecodeFailed":
             raise
         raise RowError("Unreadable", error.message) from error
+
+
+def _num_packets(container: "InputContainer", stream: "VideoStream", enough: int) -> int:
+    """Packets that a stream still holds, counted no further than one more than is enough."""
+    return sum(1 for packet in islice(container.demux(stream), enough + 1) if packet.size)
 
 
 def _has_magic(head: bytes, table: tuple[tuple[int, bytes], ...]) -> bool:
@@ -219,9 +228,10 @@ def _ask_readers(path: Path) -> Kind:
     from PIL import Image, UnidentifiedImageError
 
     from pipeline.decode_pyav import first_video_stream, open_container
+    from pipeline.read_image import picture_formats
 
     try:
-        with Image.open(path):
+        with Image.open(path, formats=picture_formats()):
             return "image"
     except UnidentifiedImageError:
         pass  # not a picture: ask the video reader

@@ -1,6 +1,10 @@
 """Picture files -> one upright 8-bit BGR picture, whatever mode they store."""
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,31 +29,70 @@ class Picture:
     rotation_deg: int
 
 
-def read_image(path: Path, max_pixels: int | None = None) -> Picture:
+def read_image(path: Path, max_pixels: int | None = None, max_pictures: int | None = None) -> Picture:
     """A picture file -> its first frame, upright, uint8 [height, width, 3], blue first.
 
     Transparency is laid on white, as pages show it. 16-bit values are scaled by their full range, floats by 0 to 1.
-    The size is checked before any pixel is decoded.
+    Size and number of pictures are checked before any pixel is decoded. Of a GIF that holds several the first is read.
 
-    Raises: RowError with TooManyPixels, Unreadable or Truncated.
+    Raises: RowError with TooManyPixels, TooManyFrames, Unreadable or Truncated.
     """
+    with _limited(max_pixels):
+        try:
+            with Pillow.open(path, formats=picture_formats()) as opened:
+                check_pixels(opened.width, opened.height, max_pixels)
+                _check_pictures(opened, path, max_pictures)
+                container = opened.format or "unknown"
+                opened.seek(0)
+                _load(opened, path)
+                # Reads on behind the picture: a broken end must be found by _load.
+                orientation = opened.getexif().get(EXIF_ORIENTATION, 1)
+                upright = ImageOps.exif_transpose(opened)
+                return Picture(_to_bgr(upright), container, TURNED_DEG.get(orientation, 0))
+        except UnidentifiedImageError as error:
+            raise RowError("Unreadable", f"{path.name} is no picture that can be read") from error
+        except Pillow.DecompressionBombError as error:
+            raise RowError("TooManyPixels", f"{path.name}: {error}") from error
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            raise RowError("Unreadable", f"{path.name}: {error}") from error
+
+
+@cache
+def picture_formats() -> tuple[str, ...]:
+    """Names of the formats that Pillow reads, but for EPS: that is a program, and Pillow would run it."""
+    Pillow.init()
+    return tuple(name for name in Pillow.ID if name != "EPS")
+
+
+@contextlib.contextmanager
+def _limited(max_pixels: int | None) -> Iterator[None]:
+    """Pillow's own limit is set to ours meanwhile, for pictures inside pictures, whose size no header tells."""
     limit = Pillow.MAX_IMAGE_PIXELS
-    Pillow.MAX_IMAGE_PIXELS = None  # our own limit is checked on the header, and is the recipe's
+    Pillow.MAX_IMAGE_PIXELS = None if max_pixels is None else max(1, -(-max_pixels // 2))  # it refuses twice that
     try:
-        with Pillow.open(path) as opened:
-            check_pixels(opened.width, opened.height, max_pixels)
-            container = opened.format or "unknown"
-            opened.seek(0)
-            _load(opened, path)
-            orientation = opened.getexif().get(EXIF_ORIENTATION, 1)  # reads on: a broken end must be found by _load
-            upright = ImageOps.exif_transpose(opened)
-            return Picture(_to_bgr(upright), container, TURNED_DEG.get(orientation, 0))
-    except UnidentifiedImageError as error:
-        raise RowError("Unreadable", f"{path.name} is no picture that can be read") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise RowError("Unreadable", f"{path.name}: {error}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Pillow.DecompressionBombWarning)
+            yield
     finally:
         Pillow.MAX_IMAGE_PIXELS = limit
+
+
+def _check_pictures(opened: Pillow.Image, path: Path, max_pictures: int | None) -> None:
+    """Raises: RowError(TooManyFrames) if the file holds more pictures. Those of a TIFF are a chain, and only walked so far."""
+    if max_pictures is None:
+        return
+    if opened.format == "TIFF":
+        try:
+            opened.seek(max_pictures)
+        except EOFError:
+            return
+        found = max_pictures + 1
+    else:
+        found = 1 if opened.format == "GIF" else getattr(opened, "n_frames", 1)
+    if found > max_pictures:
+        raise RowError(
+            "TooManyFrames", f"{path.name}: found {found} pictures or more; the limit is max_pictures={max_pictures}"
+        )
 
 
 def _load(opened: Pillow.Image, path: Path) -> None:

@@ -17,6 +17,8 @@ from pipeline import score_motion, score_resolution, score_technical, score_text
 from pipeline.clip_scorers import ClipScorers, Measurements
 from pipeline.decode import MICROSECOND, Frame, Size, check_decoder
 from pipeline.detect_scenes import FrameNumbers, SegmentationConfig, Span
+from pipeline.failures import FailureBound
+from pipeline.media_limits import MediaLimits
 from pipeline.scan_video import scan_video
 from schemas.identity import clip_id
 from schemas.recipe import Config, short_hash
@@ -27,12 +29,11 @@ DEFAULT_WORKERS_MAX = 4  # other media are scanned at the same time
 WORKER_MEMORY_MB = 512  # pictures of 1080p, their decoder and the models of the scorers fit in
 
 
-class ScanLimits(Config):
+class ScanLimits(MediaLimits):
     """What one medium may cost. Limits are no part of a scan's identity: they decide whether, not what."""
 
     timeout_s: float = Field(3600.0, gt=0)
     memory_mb: int = Field(4096, ge=256)
-    max_pixels: int = Field(120_000_000, gt=0)
     threads: int = Field(1, ge=1)  # of the decoder
     segment_workers: int | None = Field(None, ge=1)  # processes that share a long video; by default one for each CPU
 
@@ -52,6 +53,7 @@ class ScanConfig(Config):
     text: score_text.TextConfig = score_text.TextConfig()
     technical: score_technical.TechnicalConfig = score_technical.TechnicalConfig()
     limits: ScanLimits = ScanLimits()
+    failures: FailureBound = FailureBound()
 
     @property
     def segmentation_id(self) -> str:
@@ -90,8 +92,8 @@ def scan_medium(path: Path, media_id: str, kind: Literal["video", "image"], conf
     error, because a file cut short would otherwise pass for a shorter film. What the header overstates by a second or
     a tenth is taken for sloppiness of the container.
 
-    Raises: RowError with DecodeFailed, Truncated, TooManyPixels, NoVideoStream or Unreadable; ConfigError for a decoder
-        or model that does not exist.
+    Raises: RowError with DecodeFailed, Truncated, Corrupt, TooManyPixels, TooManyFrames, TooLong, NoVideoStream or
+        Unreadable; ConfigError for a decoder or model that does not exist.
     """
     started = time.perf_counter()
     if kind == "image":
@@ -135,7 +137,7 @@ def _clip_row(media_id: str, kind: str, span: Span, config: ScanConfig) -> Row:
 def _scan_image(path: Path, config: ScanConfig) -> tuple[list[Span], list[dict[str, Row]], str, int]:
     from pipeline.read_image import read_image
 
-    image = read_image(path, config.limits.max_pixels).bgr
+    image = read_image(path, config.limits.max_pixels, config.limits.max_pictures).bgr
     frame = Frame(0, 0, MICROSECOND, lambda: image)
     scorers = ClipScorers(config.motion, config.text, config.technical, frame.size, 0.0)
     scorers.see(0, frame, FrameNumbers(0.0, None))

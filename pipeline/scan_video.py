@@ -80,6 +80,8 @@ def scan_video(path: Path, config: "ScanConfig") -> Part:
     """
     workers, limits = config.limits.num_segment_workers, config.limits
     times = packet_times(path, 2 * SEGMENT_LEAST_S) if workers > 1 and config.decoder == "pyav" else None
+    if times:
+        limits.check_length(path.name, len(times.pts), float(times.pts[-1] * times.time_base))
     segments = plan_segments(times, config, workers * SEGMENTS_PER_WORKER) if times else []
     if times is None or len(segments) < 2:
         return scan_part(path, config)
@@ -132,7 +134,7 @@ def scan_part(path: Path, config: "ScanConfig", segment: Segment | None = None) 
     """
     limits = config.limits
     with open_video(path, config.decoder, max_pixels=limits.max_pixels, threads=limits.threads) as reader:
-        frames = _frames_of(reader, segment) if segment else iter(reader)
+        frames = limits.bounded(_frames_of(reader, segment) if segment else reader, path)
         first = next(frames, None)
         if first is None:
             raise RowError("DecodeFailed", f"{path.name}: no frame decodes")

@@ -11,7 +11,8 @@ import platform
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,9 +21,10 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.failures import FailureBound
 from pipeline.list_sources import readable_text
 from schemas.catalog import Lake, WrittenFiles
-from schemas.errors import OutbackError, RowError
+from schemas.errors import ConfigError, OutbackError, RowError
 from schemas.runs import ATTEMPTS
 from schemas.table import Table
 
@@ -48,7 +50,8 @@ class Stage:
     """A declared stage. `tables` are committed in this order; the last one marks items as done.
 
     `concurrency` is how many items a worker has under way at once: more than one where it mostly waits for an engine
-    that batches. Blocks then overlap, so that the engine does not run dry at the end of each.
+    that batches. Blocks then overlap, so that the engine does not run dry at the end of each. `num_cpus`, `num_gpus` and
+    `memory_mb` are what one worker needs.
     """
 
     name: str
@@ -58,27 +61,35 @@ class Stage:
     make_worker: Callable[[], Worker]
     num_cpus: float = 1.0
     num_gpus: float = 0.0
+    memory_mb: int = 0
     concurrency: int = 1
     max_block_items: int = 128
     max_block_cost: int = 64 << 20
+    failures: FailureBound = FailureBound()  # noqa: RUF009  # frozen
 
 
 @dataclass(frozen=True)
 class StageOutcome:
-    """How a stage ended: items that gave rows, items that failed, rows added per table."""
+    """How a stage ended: items that gave rows, items that failed, those by reason, rows added per table."""
 
     num_done: int
     num_failed: int
+    failed_by_reason: Mapping[str, int]
     rows_added: Mapping[str, int]
     seconds: float
 
 
 @dataclass(frozen=True)
 class ToDo:
-    """Items to process, each with the number of its next attempt, and how many are left alone because they failed."""
+    """Items to process, each with the number of its next attempt, and by reason those left alone because they failed."""
 
     items: pa.Table
-    num_given_up: int
+    given_up: Mapping[str, int]
+
+    @property
+    def num_given_up(self) -> int:
+        """Items that are left alone."""
+        return sum(self.given_up.values())
 
 
 def left_to_do(lake: Lake, stage: Stage, items: pa.Table, done: pa.Table, *, retry_failed: bool = False) -> ToDo:
@@ -88,18 +99,20 @@ def left_to_do(lake: Lake, stage: Stage, items: pa.Table, done: pa.Table, *, ret
     """
     key = stage.item_key
     todo = items.filter(pc.invert(pc.is_in(items[key], done[key].combine_chunks())))
-    failed = lake.read_where(ATTEMPTS, "stage", [stage.name], ["stage_id", "item_id", "attempt", "terminal"])
+    failed = lake.read_where(
+        ATTEMPTS, "stage", [stage.name], ["stage_id", "item_id", "attempt", "terminal", "error_class"]
+    )
     failed = failed.filter(pc.equal(failed["stage_id"], stage.stage_id))
     last: dict[str, int] = {}
-    given_up: set[str] = set()
+    given_up: dict[str, str] = {}
     for row in failed.to_pylist():
         last[row["item_id"]] = max(row["attempt"], last.get(row["item_id"], 0))
         if not retry_failed and (row["terminal"] or row["attempt"] >= MAX_ATTEMPTS):
-            given_up.add(row["item_id"])
+            given_up[row["item_id"]] = row["error_class"]
     ids = todo[key].to_pylist()
     todo = todo.append_column("attempt", pa.array([last.get(item, 0) + 1 for item in ids], pa.int32()))
     left = todo.filter(pa.array([item not in given_up for item in ids], pa.bool_())).sort_by(key)
-    return ToDo(left, len(todo) - len(left))
+    return ToDo(left, Counter(given_up[item] for item in ids if item in given_up))
 
 
 def run_stage(
@@ -112,17 +125,20 @@ def run_stage(
 ) -> StageOutcome:
     """Process `todo` (columns: the item key, `attempt`, optionally `uri` and `cost`, and what the worker reads).
 
-    `num_workers` actors hold one worker each; the caller has made sure that the cluster has room for them.
+    `num_workers` actors hold one worker each, or as many as the cluster has room for.
 
-    Raises: the OutbackError that is no RowError by which a worker said that no item can be processed.
+    Raises: ConfigError before anything starts if it has room for none; FailureRateError at the end if more items failed
+        than the stage allows; the OutbackError that is no RowError by which a worker said that no item can be processed.
     """
     import pickle
 
+    import ray
     import ray.data
 
     started = time.monotonic()
     if not len(todo):
-        return StageOutcome(0, 0, {}, 0.0)
+        return StageOutcome(0, 0, {}, {}, 0.0)
+    num_workers = min(num_workers, workers_that_fit(stage, ray.nodes()))
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -154,7 +170,44 @@ def run_stage(
             on_progress(committer.num_done + committer.num_failed, len(todo), note)
         committer.commit_if_due()
     committer.commit()
-    return StageOutcome(committer.num_done, committer.num_failed, committer.rows_added, time.monotonic() - started)
+    stage.failures.check(f"items of {stage.name}", committer.num_done, committer.failed_by_reason)
+    return StageOutcome(
+        committer.num_done,
+        committer.num_failed,
+        committer.failed_by_reason,
+        committer.rows_added,
+        time.monotonic() - started,
+    )
+
+
+def workers_that_fit(stage: Stage, nodes: Iterable[Mapping[str, Any]]) -> int:
+    """Nodes as `ray.nodes()` gives them -> how many workers of a stage they hold. A worker lies on one node.
+
+    Raises: ConfigError if they hold none: Ray would wait for a node that does.
+    """
+    needs = {"CPU": stage.num_cpus, "GPU": stage.num_gpus, "memory": float(stage.memory_mb << 20)}
+    needs = {name: amount for name, amount in needs.items() if amount > 0}
+    found = [node.get("Resources", {}) for node in nodes if node["Alive"]]
+    if not needs:
+        return max(1, len(found))
+    fit = sum(int(min(has.get(name, 0.0) / amount for name, amount in needs.items())) for has in found)
+    if fit:
+        return fit
+    most = {name: max((has.get(name, 0.0) for has in found), default=0.0) for name in needs}
+    lacks = [
+        f"{_amount(name, needs[name])}, and no node has more than {_amount(name, most[name])}"
+        for name in needs
+        if most[name] < needs[name]
+    ]
+    told = "; ".join(lacks) or f"{', '.join(_amount(*need) for need in needs.items())} on one node, and no node has all"
+    raise ConfigError(
+        f"a worker of {stage.name} needs {told} ({len(found)} nodes are up). Start a node that has it, or point "
+        "RAY_ADDRESS to another cluster"
+    )
+
+
+def _amount(name: str, value: float) -> str:
+    return f"{value / (1 << 20):.0f} MB of memory" if name == "memory" else f"{value:g} {name}s"
 
 
 def _blocks(stage: Stage, todo: pa.Table, num_workers: int) -> Iterator[pa.Table]:
@@ -210,7 +263,7 @@ class _StageActor:
             {
                 "written": pa.array([pickle.dumps(written)], pa.binary()),
                 "num_done": [num_done],
-                "num_failed": [len(rows[ATTEMPTS.name])],
+                "failed": [[str(row["error_class"]) for row in rows[ATTEMPTS.name]]],
                 "stop": pa.array([pickle.dumps(stop) if stop else None], pa.binary()),
             }
         )
@@ -253,7 +306,8 @@ class _Committer:
 
     def __init__(self, lake: Lake, stage: Stage, run_id: str) -> None:
         self.lake, self.stage, self.run_id = lake, stage, run_id
-        self.num_done = self.num_failed = 0
+        self.num_done = 0
+        self.failed_by_reason: Counter[str] = Counter()
         self.rows_added: dict[str, int] = {}
         self._pending: list[WrittenFiles] = []
         self._last = time.monotonic()
@@ -262,8 +316,12 @@ class _Committer:
         import pickle
 
         self.num_done += row["num_done"]
-        self.num_failed += row["num_failed"]
+        self.failed_by_reason.update(row["failed"])
         self._pending += pickle.loads(row["written"])
+
+    @property
+    def num_failed(self) -> int:
+        return self.failed_by_reason.total()
 
     def commit_if_due(self) -> None:
         if len(self._pending) >= COMMIT_FILES or time.monotonic() - self._last >= COMMIT_SECONDS:

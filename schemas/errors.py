@@ -4,10 +4,13 @@ OutbackError
   ConfigError        the recipe or the command is wrong      -> stop before anything starts (exit code 2)
   SchemaError        code and table disagree                 -> stop the job: a bug
   RowError           this one item cannot be processed       -> a row in `attempts` with the reason; the job goes on
+  FailureRateError   too many items failed                  -> the job fails at its end; what succeeded is kept (exit code 1)
   TransientError     storage or network hiccup               -> retried with a limit, then raised
 
 A message says what was found, what was expected and what to do. Errors cross process borders, so they survive pickling.
 """
+
+from collections.abc import Mapping
 
 
 class OutbackError(Exception):
@@ -39,6 +42,17 @@ class RowError(OutbackError):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.message}"
+
+
+class FailureRateError(OutbackError):
+    """More items of a job failed than its recipe allows. `counts` is what the job's run records of it."""
+
+    def __init__(self, message: str, counts: Mapping[str, object]) -> None:
+        super().__init__(message, counts)
+        self.counts = counts
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class TransientError(OutbackError):

@@ -28,6 +28,10 @@ def loader(command: str) -> Callable[[str], Config]:
 
 
 def model_of(command: str) -> type[Config]:
+    if command == "ingest":
+        from jobs.ingest import IngestConfig
+
+        return IngestConfig
     if command == "scan":
         from pipeline.scan_medium import ScanConfig
 

@@ -16,7 +16,7 @@ import jobs.ingest
 from jobs.ingest import IngestConfig, IngestReport, ingest, print_ingest
 from pipeline.list_sources import list_sources
 from schemas.catalog import Lake
-from schemas.errors import ConfigError, RowError
+from schemas.errors import ConfigError, FailureRateError, RowError
 from schemas.identity import file_digest
 from schemas.media import LOCATIONS, MEDIA
 from schemas.runs import ATTEMPTS, RUNS
@@ -85,13 +85,14 @@ def test_everything_offered_is_accounted_for(lake: Lake, corpus: Path) -> None:
     report = run(lake, corpus)
     assert report.offered == 13  # eleven files, and two rows that are nothing
     assert (report.media_files, report.text_files, report.sidecars, report.manifests) == (3, 2, 1, 1)
-    assert report.failed == attempts_by_reason(lake)
+    assert report.rejected | report.failed == attempts_by_reason(lake)
+    assert report.failed == {"Missing": 1, "Unreadable": 1}
     found = attempts(lake)
     assert found["list.jsonl#row=1"] == "Missing"
     assert found["texts.jsonl#row=1"] == "EmptyText"
     assert (found["notes.md"], found["empty.png"], found["nothing.txt"]) == ("NotMedia", "Empty", "EmptyText")
     assert found["broken.jpg"] in ("Truncated", "Unreadable")
-    assert len(found) == report.num_failed == 6
+    assert len(found) == report.num_rejected + report.num_failed == 6
     assert all(lake.read(ATTEMPTS, ["terminal"])["terminal"].to_pylist())
 
 
@@ -299,9 +300,76 @@ def test_progress_and_print(lake: Lake, corpus: Path, capsys: pytest.CaptureFixt
     assert told[-1][0] == told[-1][1]
     print_ingest(report, False)
     out = capsys.readouterr().out
-    assert "offered 13 = 3 media files + 2 text files + 1 sidecars + 1 manifests + 6 failed" in out
+    assert "offered 13 = 3 media files + 2 text files + 1 sidecars + 1 manifests + 4 rejected + 2 failed" in out
     print_ingest(report, True)
     assert json.loads(capsys.readouterr().out)["failed"] == report.failed
+
+
+def broken(folder: Path, num_files: int) -> None:
+    folder.mkdir(exist_ok=True)
+    for index in range(num_files):
+        (folder / f"broken{index}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes([index] * 64))
+
+
+def test_more_failures_than_the_recipe_allows_fail_the_job_and_keep_what_succeeded(lake: Lake, tmp_path: Path) -> None:
+    broken(tmp_path / "media", 4)
+    for seed in range(3):
+        picture(tmp_path / "media" / f"fine{seed}.png", seed)
+    allowed = {"max_ratio": 4 / 7, "min_failed": 1}
+    assert run(lake, tmp_path / "media", failures=allowed).failed == {"Unreadable": 4}
+    assert run(lake, tmp_path / "media", failures={"max_ratio": 0.5, "min_failed": 5}).failed == {"Unreadable": 4}
+    other, told = Lake(tmp_path / "other"), list[IngestReport]()
+    options = IngestConfig(failures={"max_ratio": 0.5, "min_failed": 4})
+    for _ in range(2):  # what is known to have failed is no better the second time
+        with pytest.raises(FailureRateError, match=r"4 of 7 media failed.*4 Unreadable.*is kept"):
+            ingest(other, [tmp_path / "media"], options=options, on_report=told.append)
+    assert len(other.read(MEDIA)) == 3
+    assert contents(other) == contents(lake)
+    rows = [row for row in other.read(RUNS).to_pylist() if row["status"] == "failed"]
+    for row, report in zip(rows, told, strict=True):
+        outcome = json.loads(row["outcome"])
+        assert (outcome["offered"], outcome["media_files"]) == (7, 3)
+        assert outcome["failed"] == report.failed == {"Unreadable": 4}
+
+
+def test_what_is_rejected_is_no_failure(lake: Lake, tmp_path: Path) -> None:
+    picture(tmp_path / "media" / "fine.png", 1)
+    for index in range(30):
+        (tmp_path / "media" / f"notes{index}.md").write_text(f"# notes {index}")
+    report = run(lake, tmp_path / "media", failures={"max_ratio": 0.0, "min_failed": 1})
+    assert (report.rejected, report.failed) == ({"NotMedia": 30}, {})
+
+
+def test_what_failed_for_good_is_tried_again_when_asked_for(
+    lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture(tmp_path / "media" / "a.png", 1)
+    monkeypatch.setattr(jobs.ingest, "probe", break_library)
+    assert run(lake, tmp_path / "media").failed == {"ImportError": 1}
+    monkeypatch.undo()
+    assert run(lake, tmp_path / "media").failed == {"ImportError": 1}
+    assert ingest(lake, [tmp_path / "media"], options=OPTIONS, retry_failed=True).media_files == 1
+
+
+def break_library(*_: object) -> None:
+    raise ImportError("libavcodec.so.61: cannot open shared object file")
+
+
+def test_a_file_beyond_the_limit_is_not_even_hashed(
+    lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = picture(tmp_path / "media" / "a.png", 1)
+    with (tmp_path / "media" / "sparse.mp4").open("wb") as file:
+        file.truncate(1 << 40)
+    hashed: list[Path] = []
+
+    def count(path: Path) -> str:
+        hashed.append(path)
+        return file_digest(path)
+
+    monkeypatch.setattr(jobs.ingest, "file_digest", count)
+    assert run(lake, tmp_path / "media").rejected == {"TooManyBytes": 1}
+    assert hashed == [path]
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from pipeline.decode import open_video
-from pipeline.probe_media import MediaLimits, probe, sniff
+from pipeline.media_limits import MediaLimits
+from pipeline.probe_media import probe, sniff
 from schemas.errors import RowError
 from tests.pipeline.made_media import shared_media, shot, write_video
 

@@ -5,14 +5,17 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
 
-from pipeline.stage import Stage, _StageActor
+from pipeline.stage import Stage, _StageActor, workers_that_fit
 from schemas.captions import CAPTIONERS
 from schemas.catalog import Lake
+from schemas.errors import ConfigError
 from schemas.runs import ATTEMPTS
 from tests.conftest import CHECKOUT
 
@@ -38,13 +41,54 @@ def items(names: str) -> pa.Table:
 def test_an_unexpected_error_costs_its_item_and_says_where(tmp_path: Path) -> None:
     lake = Lake(tmp_path / "lake")
     (row,) = _StageActor(lake, stage(), "run")(items("abc")).to_pylist()
-    assert (row["num_done"], row["num_failed"], row["stop"]) == (2, 1, None)
+    assert (row["num_done"], row["failed"], row["stop"]) == (2, ["ZeroDivisionError"], None)
     for table in (CAPTIONERS, ATTEMPTS):
         lake.commit_files(table, [w for w in pickle.loads(row["written"]) if w.table == table.name], "run")
     assert sorted(lake.read(CAPTIONERS)["captioner_id"].to_pylist()) == ["a", "c"]
     (failed,) = lake.read(ATTEMPTS).to_pylist()
     assert (failed["item_id"], failed["error_class"], failed["terminal"]) == ("b", "ZeroDivisionError", False)
     assert "test_stage.py" in failed["message"]
+
+
+def node(cpus: float, gpus: float = 0.0, memory_mb: int = 8000, *, alive: bool = True) -> dict[str, Any]:
+    resources = {"CPU": cpus, "GPU": gpus, "memory": float(memory_mb << 20), "node:here": 1.0}
+    return {"Alive": alive, "Resources": {name: amount for name, amount in resources.items() if amount}}
+
+
+def needing(cpus: float = 1.0, gpus: float = 0.0, memory_mb: int = 0) -> Stage:
+    return replace(stage(), num_cpus=cpus, num_gpus=gpus, memory_mb=memory_mb)
+
+
+@pytest.mark.parametrize(
+    ("needs", "nodes", "fit"),
+    [
+        (needing(), [node(1)], 1),
+        (needing(), [node(3), node(2), node(64, alive=False)], 5),
+        (needing(2), [node(3), node(3)], 2),
+        (needing(0.5), [node(2)], 4),
+        (needing(1, 1), [node(8, 2), node(8)], 2),
+        (needing(1, 0, 3000), [node(8, 0, 8000)], 2),
+        (needing(0), [node(1), node(1)], 2),
+    ],
+)
+def test_as_many_workers_as_nodes_hold(needs: Stage, nodes: list[dict[str, Any]], fit: int) -> None:
+    assert workers_that_fit(needs, nodes) == fit
+
+
+@pytest.mark.parametrize(
+    ("needs", "nodes", "said"),
+    [
+        (needing(), [node(0)], "1 CPUs, and no node has more than 0 CPUs"),
+        (needing(), [], "0 nodes are up"),
+        (needing(4), [node(3), node(3)], "4 CPUs, and no node has more than 3 CPUs"),
+        (needing(1, 2), [node(8, 1)], "2 GPUs, and no node has more than 1 GPUs"),
+        (needing(1, 0, 9000), [node(8)], "9000 MB of memory, and no node has more than 8000 MB"),
+        (needing(4, 1), [node(8), node(2, 1)], "4 CPUs, 1 GPUs on one node, and no node has all"),
+    ],
+)
+def test_a_cluster_without_room_is_told_what_it_lacks(needs: Stage, nodes: list[dict[str, Any]], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"a worker of test needs .*{said}"):
+        workers_that_fit(needs, nodes)
 
 
 GPU_RUN = """

@@ -1,0 +1,37 @@
+"""A job fails when too large a share of its items does, and says of what."""
+
+import pickle
+
+import pytest
+
+from pipeline.failures import FailureBound
+from schemas.errors import FailureRateError
+
+BOUND = FailureBound(max_ratio=0.25, min_failed=3)
+
+
+@pytest.mark.parametrize(
+    ("num_done", "failed"),
+    [(0, {}), (0, {"Corrupt": 2}), (9, {"Corrupt": 3}), (0, {"TooManyPixels": 50}), (3, {"Corrupt": 1, "Empty": 9})],
+    ids=["nothing", "too few to tell", "just as many as allowed", "rejected", "mostly rejected"],
+)
+def test_within_the_bound(num_done: int, failed: dict[str, int]) -> None:
+    BOUND.check("media", num_done, failed)
+
+
+def test_beyond_the_bound_the_commonest_reason_comes_first() -> None:
+    failed = {"Truncated": 1, "ImportError": 30, "Empty": 7, "DecodeTimeout": 1}
+    with pytest.raises(FailureRateError) as caught:
+        BOUND.check("media", 8, failed)
+    message = str(caught.value)
+    assert "32 of 40 media failed" in message
+    assert "30 ImportError, 1 DecodeTimeout, 1 Truncated." in message
+    assert "Empty" not in message
+    assert "max_ratio=0.25" in message
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.counts) == (message, caught.value.counts)
+    assert caught.value.counts["done"] == 8
+
+
+def test_a_bound_of_one_never_fails_a_job() -> None:
+    FailureBound(max_ratio=1.0, min_failed=1).check("media", 0, {"Corrupt": 1000})
