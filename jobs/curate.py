@@ -18,31 +18,31 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.run import Run, recorded
+from jobs.set_inputs import Input, ScoreReader, filled_by
 from jobs.shipped import load_named
-from pipeline.rules import SPLIT, CurateRecipe, FunnelStep, Rule, explain, first_rejections, funnel, rules_of, split_of
-from schemas.captions import CAPTION_SCORES
+from pipeline.rules import (
+    KEPT,
+    SPLIT,
+    CurateRecipe,
+    FunnelStep,
+    Places,
+    Rule,
+    explain,
+    first_rejections,
+    funnel,
+    is_one_of,
+    rules_of,
+    split_of,
+)
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
 from schemas.curated import CURATED, CURATED_SETS, RECIPES
 from schemas.errors import ConfigError, SchemaError
 from schemas.recipe import short_hash
-from schemas.table import Table, content_sha256, sorted_by
+from schemas.table import Table, content_sha256
 
 TAG_PREFIX = "curated/"
 _NAME = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
-
-
-@dataclass(frozen=True)
-class Input:
-    """One table a set is made from: its content by hash, and where that content stands."""
-
-    table: Table
-    columns: tuple[str, ...]
-    pinned: tuple[str, str]
-    rows: pa.Table
-    sha256: str
-    uuid: str
-    snapshot_id: int
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ class _Evaluation:
     inputs: tuple[Input, ...]
     rules: list[Rule]
     clips: pa.Table
-    first: pa.ChunkedArray
+    first: Places
     missing: dict[str, int]
 
     @property
     def kept(self) -> pa.Table:
         """The clip ids of the set, in order."""
-        return self.clips.filter(pc.is_null(self.first)).select(["clip_id"]).sort_by("clip_id")
+        return self.clips.select(["clip_id"]).filter(pa.array(self.first == KEPT)).sort_by("clip_id")
 
 
 def check_name(what: str, name: str | None) -> None:
@@ -181,93 +181,47 @@ def leave_pandas_out() -> None:
         sys.meta_path.insert(0, WithoutPandas())
 
 
-# --- reading ---
+# --- deciding ---
 
 
 def _evaluate(lake: Lake, recipe: CurateRecipe) -> _Evaluation:
     rules = rules_of(recipe)
-    clips = _read_clips(lake, recipe)
     families = {rule.family.name: rule.family for rule in rules if rule.name != SPLIT}
-    wanted = {name: tuple(sorted({r.column for r in rules if r.family.name == name})) for name in families}
-    scores = {name: _read_scores(lake, recipe, table, wanted[name]) for name, table in families.items()}
-    pins = {name.removeprefix("score_"): item.pinned[1] for name, item in scores.items()}
+    wanted = {name: sorted({rule.column for rule in rules if rule.family.name == name}) for name in families}
+    reader = ScoreReader(lake, recipe)
+    clips = reader.clips()
+    scores = [reader.scores(table, wanted[name]) for name, table in families.items()]
+    pins = {item.table.name.removeprefix("score_"): item.pinned[1] for item in scores}
     scorers = recipe.scorers.model_copy(update=pins)
     resolved = recipe.model_copy(update={"segmentation_id": clips.pinned[1], "scorers": scorers})
 
-    joined = clips.rows.filter(pc.is_in(clips.rows["kind"], value_set=pa.array(recipe.kinds))).select(
-        ["clip_id", "kind"]
-    )
+    joined = pa.table({"clip_id": clips.ids.found, "kind": clips.rows["kind"]})
     if recipe.split is not None:
         joined = joined.append_column(SPLIT, split_of(joined["clip_id"]))
     missing = {}
-    for name, item in scores.items():
-        if item.rows["clip_id"].equals(joined["clip_id"]):  # every clip was scored: nothing to look up
-            columns = {column: item.rows[column] for column in item.columns}
-            missing[name] = 0
-        else:
-            asked = pa.array(sorted({kind for rule in rules if rule.family.name == name for kind in rule.kinds}))
-            applies = pc.is_in(joined["kind"], value_set=asked)
-            place = pc.index_in(joined["clip_id"], value_set=item.rows["clip_id"])
-            columns = {column: item.rows[column].take(place) for column in item.columns}
-            missing[name] = _check_coverage(name, item, recipe.coverage, place.filter(applies))
+    for item in scores:
+        columns = {column: item.rows[column] for column in wanted[item.table.name]}
+        missing[item.table.name] = 0
+        if item.ids is not clips.ids:  # not every clip was scored, or in another order
+            place = pc.index_in(joined["clip_id"], value_set=item.ids.found)
+            columns = {column: values.take(place) for column, values in columns.items()}
+            asked = sorted({kind for rule in rules if rule.family is item.table for kind in rule.kinds})
+            applies = is_one_of(asked, joined["kind"]) & is_one_of(recipe.kinds, joined["kind"])
+            missing[item.table.name] = _check_coverage(item, recipe.coverage, place.filter(pa.array(applies)))
         for column, values in columns.items():
             joined = joined.append_column(column, values)
-    return _Evaluation(resolved, (clips, *scores.values()), rules, joined, first_rejections(rules, joined), missing)
+    wanted_kind = is_one_of(recipe.kinds, joined["kind"])
+    if not wanted_kind.all():
+        joined = joined.filter(pa.array(wanted_kind))
+    return _Evaluation(resolved, (clips, *scores), rules, joined, first_rejections(rules, joined), missing)
 
 
-def _read_clips(lake: Lake, recipe: CurateRecipe) -> Input:
-    rows, snapshot_id = _read_now(lake, CLIPS, ("clip_id", "segmentation_id", "kind"))
-    return _pin(lake, CLIPS, rows, snapshot_id, "segmentation_id", recipe.segmentation_id, "segmentation_id")
-
-
-def _read_scores(lake: Lake, recipe: CurateRecipe, table: Table, columns: tuple[str, ...]) -> Input:
-    family = table.name.removeprefix("score_")
-    rows, snapshot_id = _read_now(lake, table, ("clip_id", "scorer_id", *columns))
-    return _pin(lake, table, rows, snapshot_id, "scorer_id", getattr(recipe.scorers, family), f"scorers.{family}")
-
-
-def _read_now(lake: Lake, table: Table, columns: Sequence[str]) -> tuple[pa.Table, int]:
-    snapshot_id = lake.snapshot_id(table)
-    if snapshot_id is None:
-        raise ConfigError(f"{table.name} is empty: run `{_filled_by(table)}` first")
-    return lake.read(table, columns, at=snapshot_id), snapshot_id
-
-
-def _pin(
-    lake: Lake, table: Table, rows: pa.Table, snapshot_id: int, id_column: str, wanted: str | None, option: str
-) -> Input:
-    """The rows of one producer: the one the recipe names, or else the only one there is."""
-    counts = {item["values"]: item["counts"] for item in pc.value_counts(rows[id_column]).to_pylist()}
-    listed = ", ".join(f"{found} ({count} rows)" for found, count in sorted(counts.items()))
-    if wanted is None:
-        if len(counts) != 1:
-            raise ConfigError(f"{table.name} holds several: {listed}. Choose one with --set {option}=...")
-        (wanted,) = counts
-    elif wanted not in counts:
-        raise ConfigError(f"{table.name} has no rows of {option}={wanted}; it holds: {listed}")
-    mine = rows.filter(pc.equal(rows[id_column], wanted)) if len(counts) > 1 else rows
-    mine = sorted_by(mine, ["clip_id"])
-    return Input(
-        table=table,
-        columns=tuple(name for name in rows.column_names if name not in table.key),
-        pinned=(option, wanted),
-        rows=mine,
-        sha256=content_sha256(mine, rows.column_names, ["clip_id"]),
-        uuid=lake.uuid(table) or "",
-        snapshot_id=snapshot_id,
-    )
-
-
-def _filled_by(table: Table) -> str:
-    return "outback score caption SET" if table is CAPTION_SCORES else "outback scan"
-
-
-def _check_coverage(name: str, item: Input, required: float, place: pa.ChunkedArray) -> int:
+def _check_coverage(item: Input, required: float, place: pa.ChunkedArray) -> int:
     missing = int(place.null_count)
     if missing > (1.0 - required) * len(place):
         raise ConfigError(
-            f"{name} has no row of scorer {item.pinned[1]} for {missing} of {len(place)} clips, and the recipe wants "
-            f"coverage={required:g}. Run `{_filled_by(item.table)}` to complete the scores, or accept it with "
+            f"{item.table.name} has no row of scorer {item.pinned[1]} for {missing} of {len(place)} clips, and the recipe "
+            f"wants coverage={required:g}. Run `{filled_by(item.table)}` to complete the scores, or accept it with "
             "--set coverage=..."
         )
     return missing
@@ -289,7 +243,7 @@ def _is_published(lake: Lake, result: CurateResult) -> bool:
 def _publish(lake: Lake, result: CurateResult, kept: pa.Table, inputs: Sequence[Input], run: Run) -> None:
     recipe = {"recipe_id": result.recipe_id, "recipe": result.recipe.canonical_json()}
     lake.append(RECIPES, [recipe], run.run_id)
-    rows = kept.append_column("curated_id", pa.array([result.curated_id] * len(kept), pa.string()))
+    rows = kept.append_column("curated_id", pa.repeat(pa.scalar(result.curated_id), len(kept)))
     lake.append(CURATED, rows, run.run_id)
     tag = TAG_PREFIX + str(result.name)
     pins = {CURATED.name: {"uuid": lake.uuid(CURATED), "snapshot_id": _tag_set(lake, tag, result)}}
@@ -323,7 +277,7 @@ def _tag_set(lake: Lake, tag: str, result: CurateResult) -> int:
 
 def _tag_input(lake: Lake, tag: str, item: Input) -> int:
     def holds(snapshot_id: int) -> bool:
-        rows = lake.read(item.table, item.rows.column_names, at=snapshot_id)
+        rows = lake.read(item.table, item.columns, at=snapshot_id)
         mine = rows.filter(pc.equal(rows[item.table.key[1]], item.pinned[1]))
         return content_sha256(mine, mine.column_names, ["clip_id"]) == item.sha256
 

@@ -3,15 +3,17 @@
 A rule is a closed interval over one score. Its bounds are rounded to float32 first, the precision in which scores are
 stored, so that a bound equal to a stored value includes it; a null passes no rule that applies to the clip's kind.
 `split` is no score: it comes from a clip's id, and keeps some media apart from all others.
-There is one evaluator, over Arrow columns, because engines disagree about exactly these cases.
+There is one evaluator, over columns, because engines disagree about exactly these cases.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, model_validator
 
 from schemas.captions import CAPTION_SCORES
@@ -21,7 +23,10 @@ from schemas.scores import MOTION, RESOLUTION, TECHNICAL, TEXT
 from schemas.table import Table
 
 Kind = Literal["image", "video"]
+Mask = NDArray[np.bool_]
+Places = NDArray[np.int16]
 NUM_EXAMPLES = 5
+KEPT = -1  # among indices of rules: no rule rejects the clip
 
 
 def _each_once(kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
@@ -190,31 +195,36 @@ def float32(value: float) -> float:
     return float(pa.scalar(value, pa.float32()).as_py())
 
 
-def passes(rule: Rule, kind: pa.ChunkedArray, values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Kinds and float32 scores of some clips -> which of them the rule lets through. Never null."""
-    inside = pc.is_valid(values)
-    if rule.low is not None:
-        inside = pc.and_(inside, pc.fill_null(pc.greater_equal(values, pa.scalar(rule.low, pa.float32())), False))
-    if rule.high is not None:
-        inside = pc.and_(inside, pc.fill_null(pc.less_equal(values, pa.scalar(rule.high, pa.float32())), False))
-    applies = pc.is_in(kind, value_set=pa.array(rule.kinds, pa.string()))
-    return pc.or_(pc.invert(applies), inside)
+def is_one_of(kinds: Sequence[Kind], kind: pa.ChunkedArray) -> Mask:
+    """Kinds of some clips, plain or dictionary-encoded -> which of them are asked for."""
+    found = kind.combine_chunks()
+    if not pa.types.is_dictionary(found.type):
+        found = found.dictionary_encode()
+    asked = np.array([name in kinds for name in found.dictionary.to_pylist()] + [False])  # the last for nulls
+    mask: Mask = asked[pc.fill_null(found.indices, len(found.dictionary)).to_numpy()]
+    return mask
 
 
-def first_rejections(rules: Sequence[Rule], clips: pa.Table) -> pa.ChunkedArray:
-    """Clips with `kind` and a float32 column per rule -> index of the first rule that rejects each clip, or null."""
-    first = pa.chunked_array([pa.nulls(len(clips), pa.int32())])
+def passes(rule: Rule, kind: pa.ChunkedArray, values: pa.ChunkedArray) -> Mask:
+    """Kinds and float32 scores of some clips -> which of them the rule lets through."""
+    mask: Mask = _inside(rule, values) | ~is_one_of(rule.kinds, kind)
+    return mask
+
+
+def first_rejections(rules: Sequence[Rule], clips: pa.Table) -> Places:
+    """Clips with `kind` and a float32 column per rule -> index of the first rule that rejects each clip, or KEPT."""
+    first = np.full(len(clips), KEPT, np.int16)
+    asked = {kinds: is_one_of(kinds, clips["kind"]) for kinds in {rule.kinds for rule in rules}}
     for index, rule in reversed(list(enumerate(rules))):
-        kept = passes(rule, clips["kind"], clips[rule.column])
-        first = pc.if_else(kept, first, pa.scalar(index, pa.int32()))
+        np.putmask(first, asked[rule.kinds] & ~_inside(rule, clips[rule.column]), index)
     return first
 
 
-def funnel(rules: Sequence[Rule], clips: pa.Table, first: pa.ChunkedArray) -> Iterator[FunnelStep]:
+def funnel(rules: Sequence[Rule], clips: pa.Table, first: Places) -> Iterator[FunnelStep]:
     """Clips and what `first_rejections` said of them -> a step per rule, in order."""
     left = len(clips)
     for index, rule in enumerate(rules):
-        rejected = clips.filter(pc.fill_null(pc.equal(first, index), False)).select(["clip_id", rule.column])
+        rejected = np.flatnonzero(first == index)
         yield FunnelStep(
             rule=rule.name,
             column=f"{rule.family.name}.{rule.column}",
@@ -224,32 +234,54 @@ def funnel(rules: Sequence[Rule], clips: pa.Table, first: pa.ChunkedArray) -> It
             num_in=left,
             num_rejected=len(rejected),
             num_left=left - len(rejected),
-            examples=tuple(_examples(rule, rejected)),
+            examples=tuple(_examples(rule, clips, rejected)),
         )
         left -= len(rejected)
 
 
-def explain(rules: Sequence[Rule], clips: pa.Table, first: pa.ChunkedArray) -> pa.Table:
+def explain(rules: Sequence[Rule], clips: pa.Table, first: Places) -> pa.Table:
     """Clips and their `first_rejections` -> clip_id, verdict (kept or rejected), rule and value, by clip_id."""
     names = pa.array([rule.name for rule in rules], pa.string())
     value = pa.chunked_array([pa.nulls(len(clips), pa.float32())])
     for index, rule in enumerate(rules):
-        value = pc.if_else(pc.fill_null(pc.equal(first, index), False), clips[rule.column], value)
-    verdict = pc.if_else(pc.is_null(first), "kept", "rejected")
-    said = {"clip_id": clips["clip_id"], "verdict": verdict, "rule": pc.take(names, first), "value": value}
+        value = pc.if_else(pa.array(first == index), clips[rule.column], value)
+    verdict = pc.if_else(pa.array(first == KEPT), "kept", "rejected")
+    rejecting = pc.take(names, pa.array(first, mask=first == KEPT))
+    said = {"clip_id": clips["clip_id"], "verdict": verdict, "rule": rejecting, "value": value}
     return pa.table(said).sort_by("clip_id")
 
 
-def _examples(rule: Rule, rejected: pa.Table) -> Iterator[Example]:
-    """The rejected clips nearest to the bounds: those a person would argue about. Ties and nulls by clip id."""
-    values = rejected[rule.column]
-    beyond = []
+def _inside(rule: Rule, scores: pa.ChunkedArray) -> Mask:
+    values = _numbers(scores)
+    inside: Mask = ~np.isnan(values)
     if rule.low is not None:
-        beyond.append(pc.subtract(pa.scalar(rule.low, pa.float32()), values))
+        inside &= values >= np.float32(float32(rule.low))
     if rule.high is not None:
-        beyond.append(pc.subtract(values, pa.scalar(rule.high, pa.float32())))
-    distance = pc.fill_null(pc.max_element_wise(*beyond), float("inf"))
-    ordered = rejected.append_column("distance", distance)
-    ordered = ordered.sort_by([("distance", "ascending"), ("clip_id", "ascending")]).slice(0, NUM_EXAMPLES)
-    for clip_id, value in zip(ordered["clip_id"].to_pylist(), ordered[rule.column].to_pylist(), strict=True):
+        inside &= values <= np.float32(float32(rule.high))
+    return inside
+
+
+def _numbers(scores: pa.ChunkedArray) -> NDArray[np.float32]:
+    """Float32 scores, with NaN for null: it lies in no interval."""
+    numbers: NDArray[np.float32] = pc.fill_null(scores.combine_chunks(), float("nan")).to_numpy()
+    return numbers
+
+
+def _examples(rule: Rule, clips: pa.Table, rejected: NDArray[np.intp]) -> Iterator[Example]:
+    """The rejected clips nearest to the bounds: those a person would argue about. Ties and nulls by clip id."""
+    values = _numbers(clips[rule.column])[rejected]
+    distance = np.full(len(values), -np.inf, np.float32)
+    if rule.low is not None:
+        distance = np.maximum(distance, np.float32(float32(rule.low)) - values)
+    if rule.high is not None:
+        distance = np.maximum(distance, values - np.float32(float32(rule.high)))
+    distance = np.nan_to_num(distance, nan=np.inf)
+    if len(distance) > NUM_EXAMPLES:  # only what may be among the nearest is sorted
+        near = distance <= np.partition(distance, NUM_EXAMPLES)[NUM_EXAMPLES]
+        rejected, distance = rejected[near], distance[near]
+    found = clips.select(["clip_id", rule.column]).take(pa.array(rejected))
+    found = found.append_column("distance", pa.array(distance))
+    order = pc.select_k_unstable(found, NUM_EXAMPLES, [("distance", "ascending"), ("clip_id", "ascending")])
+    nearest = found.take(order)
+    for clip_id, value in zip(nearest["clip_id"].to_pylist(), nearest[rule.column].to_pylist(), strict=True):
         yield Example(clip_id, value, rule.bound(value))

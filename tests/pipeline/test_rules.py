@@ -40,7 +40,7 @@ def rule(low: float | None = None, high: float | None = None, kinds: tuple[Kind,
 
 def verdicts(asked: Rule, values: Sequence[float | None], kinds: Sequence[str] | None = None) -> list[bool]:
     kind = pa.chunked_array([pa.array(kinds or ["video"] * len(values), pa.string())])
-    found: list[bool] = passes(asked, kind, pa.chunked_array([pa.array(values, pa.float32())])).to_pylist()
+    found: list[bool] = passes(asked, kind, pa.chunked_array([pa.array(values, pa.float32())])).tolist()
     return found
 
 
