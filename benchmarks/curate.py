@@ -73,7 +73,7 @@ def main() -> None:
         for index in range(REPEATS):
             threshold = f"motion.low={0.002 + 1e-6 * (stamp % 1000) + 1e-9 * index!r}"
             name = f"benchmark-{stamp}-{index}"
-            times.append(seconds([*outback, "curate", "emu3", "--set", threshold, "--name", name, "--lake", lake]))
+            times.append(seconds([*outback, "curate", "offline", "--set", threshold, "--name", name, "--lake", lake]))
         report("outback curate emu3 --set motion.low=...", times)
 
 

@@ -9,30 +9,35 @@ The tag on `curated` is set first and create-only, so of two runs that race for 
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.abc import MetaPathFinder
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.run import Run, recorded
-from jobs.set_inputs import Input, ScoreReader, filled_by
+from jobs.set_inputs import Input, ScoreReader, how_to_fill
 from jobs.shipped import load_named
 from pipeline.rules import (
     KEPT,
     SPLIT,
     CurateRecipe,
     FunnelStep,
+    Mask,
     Places,
     Rule,
+    asked,
     explain,
     first_rejections,
     funnel,
     is_one_of,
+    reached,
     rules_of,
     split_of,
+    undecided,
 )
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
@@ -138,8 +143,7 @@ def read_set(lake: Lake, name: str) -> pa.Table:
                 f"set {name!r} was made from another table {table.name}, which has been dropped and remade"
             )
     ids = _members(lake, row["curated_id"], pins[CURATED.name]["snapshot_id"])
-    recipes = lake.read_where(RECIPES, "recipe_id", [row["recipe_id"]], ["recipe"])
-    segmentation_id = json.loads(recipes["recipe"][0].as_py())["segmentation_id"]
+    segmentation_id = set_recipe(lake, name).segmentation_id
     columns = CLIPS.content_columns
     clips = lake.read(CLIPS, columns, at=pins[CLIPS.name]["snapshot_id"])
     wanted = pc.and_(
@@ -165,6 +169,12 @@ def set_row(lake: Lake, name: str) -> dict[str, Any]:
     raise ConfigError(f"there is no curated set {name!r}; there are: {names}")
 
 
+def set_recipe(lake: Lake, name: str) -> CurateRecipe:
+    """The name of a set -> the recipe that made it, with the segmentation and the scorers it read."""
+    recipes = lake.read_where(RECIPES, "recipe_id", [set_row(lake, name)["recipe_id"]], ["recipe"])
+    return CurateRecipe.model_validate_json(recipes["recipe"][0].as_py())
+
+
 def leave_pandas_out() -> None:
     """For a process that does nothing but curate: pandas, which nothing here uses, is not imported.
 
@@ -184,44 +194,88 @@ def leave_pandas_out() -> None:
 # --- deciding ---
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """Clips with `kind` and the scores that rules read, null where there is none, and by family who has no row at all."""
+
+    inputs: tuple[Input, ...]
+    clips: pa.Table
+    absent: dict[str, Mask]
+
+
 def _evaluate(lake: Lake, recipe: CurateRecipe) -> _Evaluation:
     rules = rules_of(recipe)
-    families = {rule.family.name: rule.family for rule in rules if rule.name != SPLIT}
-    wanted = {name: sorted({rule.column for rule in rules if rule.family.name == name}) for name in families}
-    reader = ScoreReader(lake, recipe)
-    clips = reader.clips()
-    scores = [reader.scores(table, wanted[name]) for name, table in families.items()]
+    scored = _read_scored(lake, recipe, rules)
+    first = first_rejections(rules, scored.clips)
+    clips, *scores = scored.inputs
+    missing = {item.table.name: _check_coverage(item, recipe.coverage, rules, scored, first) for item in scores}
     pins = {item.table.name.removeprefix("score_"): item.pinned[1] for item in scores}
     scorers = recipe.scorers.model_copy(update=pins)
     resolved = recipe.model_copy(update={"segmentation_id": clips.pinned[1], "scorers": scorers})
+    return _Evaluation(resolved, scored.inputs, rules, scored.clips, first, missing)
 
-    joined = pa.table({"clip_id": clips.ids.found, "kind": clips.rows["kind"]})
+
+def undecided_clips(lake: Lake, recipe: CurateRecipe, family: Table) -> pa.ChunkedArray:
+    """A recipe and a family -> the ids of the clips it should score for that recipe, in order: those that no rule before
+    the family's rejects, and that those rules alone do not let through. All others have their verdict without it.
+
+    Scores that the family has by now are not looked at: that is an anti-join of the caller's, who knows the scorer. What
+    other families have not scored yet rejects nothing.
+
+    Raises: ConfigError if there are no clips, if the recipe has no rule that reads the family, or does not say which of
+    several scorers of another family it means.
+    """
+    rules = rules_of(recipe)
+    if not any(family.name in rule.families for rule in rules):
+        raise ConfigError(f"the recipe has no rule that reads {family.name}: it leaves nothing to score for it")
+    unread = {rule.family.name for rule in asked(rules) if rule.name != SPLIT and not lake.facts(rule.family).num_rows}
+    scored = _read_scored(lake, recipe, rules, unread | {family.name})
+    first = first_rejections(rules, scored.clips, scored.absent)
+    mask = undecided(rules, scored.clips, scored.absent, family.name, first)
+    return scored.clips["clip_id"].filter(pa.array(mask)).sort()
+
+
+def _read_scored(lake: Lake, recipe: CurateRecipe, rules: Sequence[Rule], unread: Collection[str] = ()) -> _Scored:
+    """What the rules ask about. Families that are `unread` are absent for every clip."""
+    reader = ScoreReader(lake, recipe)
+    clips = reader.clips()
+    joined = pa.table({"clip_id": clips.ids.found, "kind": clips.rows["kind"].combine_chunks()})
     if recipe.split is not None:
         joined = joined.append_column(SPLIT, split_of(joined["clip_id"]))
-    missing = {}
-    for item in scores:
-        columns = {column: item.rows[column] for column in wanted[item.table.name]}
-        missing[item.table.name] = 0
-        if item.ids is not clips.ids:  # not every clip was scored, or in another order
-            place = pc.index_in(joined["clip_id"], value_set=item.ids.found)
-            columns = {column: values.take(place) for column, values in columns.items()}
-            asked = sorted({kind for rule in rules if rule.family is item.table for kind in rule.kinds})
-            applies = is_one_of(asked, joined["kind"]) & is_one_of(recipe.kinds, joined["kind"])
-            missing[item.table.name] = _check_coverage(item, recipe.coverage, place.filter(pa.array(applies)))
+    inputs, absent = [clips], {}
+    scores = [rule for rule in asked(rules) if rule.name != SPLIT]
+    for table in {rule.family.name: rule.family for rule in scores}.values():
+        wanted = sorted({rule.column for rule in scores if rule.family is table})
+        if table.name in unread:
+            columns = {column: pa.nulls(len(joined), pa.float32()) for column in wanted}
+            absent[table.name] = np.ones(len(joined), np.bool_)
+        else:
+            item = reader.scores(table, wanted)
+            inputs.append(item)
+            columns = {column: item.rows[column] for column in wanted}
+            if item.ids is not clips.ids:  # not every clip was scored, or in another order
+                place = pc.index_in(joined["clip_id"], value_set=item.ids.found)
+                columns = {column: values.take(place) for column, values in columns.items()}
+                absent[table.name] = pc.is_null(place).to_numpy()
         for column, values in columns.items():
             joined = joined.append_column(column, values)
-    wanted_kind = is_one_of(recipe.kinds, joined["kind"])
-    if not wanted_kind.all():
-        joined = joined.filter(pa.array(wanted_kind))
-    return _Evaluation(resolved, (clips, *scores), rules, joined, first_rejections(rules, joined), missing)
+    of_kind = is_one_of(recipe.kinds, joined["kind"])
+    if not of_kind.all():
+        joined = joined.filter(pa.array(of_kind))
+        absent = {name: mask[of_kind] for name, mask in absent.items()}
+    return _Scored(tuple(inputs), joined, absent)
 
 
-def _check_coverage(item: Input, required: float, place: pa.ChunkedArray) -> int:
-    missing = int(place.null_count)
-    if missing > (1.0 - required) * len(place):
+def _check_coverage(item: Input, required: float, rules: Sequence[Rule], scored: _Scored, first: Places) -> int:
+    name = item.table.name
+    if name not in scored.absent:
+        return 0
+    missing = int(undecided(rules, scored.clips, scored.absent, name, first).sum())
+    num_asked = int(reached(rules, scored.clips, first, name).sum())
+    if missing > (1.0 - required) * num_asked:
         raise ConfigError(
-            f"{item.table.name} has no row of scorer {item.pinned[1]} for {missing} of {len(place)} clips, and the recipe "
-            f"wants coverage={required:g}. Run `{filled_by(item.table)}` to complete the scores, or accept it with "
+            f"{name} has no row of scorer {item.pinned[1]} for {missing} of {num_asked} clips, and the recipe wants "
+            f"coverage={required:g}. {how_to_fill(item.table)} to complete the scores, or accept it with "
             "--set coverage=..."
         )
     return missing
@@ -343,6 +397,8 @@ def print_funnel(num_in: int, steps: Sequence[FunnelStep]) -> None:
         print(
             f"{step.rule:{width}}  {bounds.strip():>22}  {step.num_in:>9}  {step.num_rejected:>9}  {step.num_left:>9}"
         )
+        if step.num_rescued:
+            print(f"{'':{width}}    {step.num_rescued} of those left are outside the bounds and rescued")
         for example in step.examples:
             value = "null" if example.value is None else f"{example.value:.6g}"
             print(f"{'':{width}}    {example.clip_id}  {value} {example.bound}")

@@ -15,6 +15,7 @@ from schemas.captions import CAPTION_SCORES
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
 from schemas.errors import ConfigError
+from schemas.scores import AESTHETIC
 from schemas.table import Table, update_sha256
 
 
@@ -75,7 +76,8 @@ class ScoreReader:
         """The rows of one producer: the one the recipe names, or else the only one there is."""
         uuid, snapshot_id = self.lake.uuid(table), self.lake.snapshot_id(table)
         if uuid is None or snapshot_id is None:
-            raise ConfigError(f"{table.name} is empty: run `{filled_by(table)}` first")
+            asking = "" if table is CLIPS else ", and the recipe has a rule that asks for it"
+            raise ConfigError(f"{table.name} is empty{asking}. {how_to_fill(table)} first")
         by = table.key[1]
         encoded = [by, "kind"] if table is CLIPS else [by]
         rows = self.lake.read(table, ["clip_id", by, *columns], at=snapshot_id, encoded=encoded)
@@ -118,6 +120,12 @@ def _sha256(ids: _Ids, rest: pa.Table) -> str:
     return digest.hexdigest()
 
 
-def filled_by(table: Table) -> str:
-    """The command that fills a table."""
-    return "outback score caption SET" if table is CAPTION_SCORES else "outback scan"
+def how_to_fill(table: Table) -> str:
+    """What to do about a table that lacks rows, as the beginning of a sentence."""
+    if table is CAPTION_SCORES:
+        return "Run `outback score caption SET`"
+    if table is AESTHETIC:
+        return (
+            "Run `outback score aesthetic`, which needs the weights of LAION's predictor and of open_clip's ViT-L/14,"
+        )
+    return "Run `outback scan`"

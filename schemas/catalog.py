@@ -164,14 +164,27 @@ class Lake:
         return pa.concat_tables([_conform(part, schema) for part in parts]) if parts else schema.empty_table()
 
     def read_where(
-        self, table: Table, column: str, values: Sequence[str], columns: Sequence[str] | None = None
+        self,
+        table: Table,
+        column: str,
+        values: Sequence[str],
+        columns: Sequence[str] | None = None,
+        at: "int | None" = None,
     ) -> pa.Table:
         """Rows whose string `column` is one of `values`."""
         from pyiceberg.expressions import In
 
         if not values:
             return self.read(table, columns, at=None).slice(0, 0)
-        return self.read(table, columns, where=In(column, set(values)))
+        return self.read(table, columns, where=In(column, set(values)), at=at)
+
+    def read_beginning(
+        self, table: Table, column: str, beginning: str, columns: Sequence[str] | None = None, at: "int | None" = None
+    ) -> pa.Table:
+        """Rows whose string `column` begins so."""
+        from pyiceberg.expressions import StartsWith
+
+        return self.read(table, columns, where=StartsWith(column, beginning), at=at)
 
     def iter_batches(
         self, table: Table, columns: Sequence[str], at: "int | None" = None, batch_rows: int = 256
