@@ -91,19 +91,44 @@ def scan(
 
 @app.command()
 def curate(
-    recipe: Annotated[str, typer.Argument(help="Curation recipe: a shipped name or a TOML file.")],
+    recipe: Annotated[
+        str | None, typer.Argument(help="Curation recipe: a shipped name or a TOML file.", show_default=False)
+    ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the set; given once.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the funnel and write nothing.")] = False,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            "--explain",
+            metavar="CLIP",
+            help="Say what each rule finds of this clip, an id or the beginning of one, and write nothing; without a recipe, "
+            "what those of the set --name found.",
+        ),
+    ] = None,
     overrides: SetOption = None,
     lake: LakeOption = "./lake",
     json: JsonOption = False,
 ) -> None:
     """Choose clips by thresholds, print the funnel, and name the set."""
+    # Read before Arrow is loaded: memory that it frees between two columns is kept for the next, not handed back.
+    os.environ.setdefault("MIMALLOC_PURGE_DELAY", "-1")
     from jobs.curate import curate as run
     from jobs.curate import leave_pandas_out, load_curate_recipe, print_curate
 
     leave_pandas_out()
+    if explain is not None:
+        from jobs.explain import explain_clip, explain_in_set, print_explanation
 
+        if (recipe is None) == (name is None):
+            raise ConfigError("--explain needs a recipe, or the --name of a set: give one of them")
+        if recipe is None:
+            told = explain_in_set(_open(lake), str(name), explain)
+        else:
+            told = explain_clip(_open(lake), load_curate_recipe(recipe, overrides or ()), explain)
+        print_explanation(told, json)
+        return
+    if recipe is None:
+        raise ConfigError("no recipe was given: name a shipped one, such as offline, or a TOML file")
     result = run(_open(lake), load_curate_recipe(recipe, overrides or ()), name, dry_run=dry_run)
     print_curate(result, json)
 

@@ -9,40 +9,45 @@ The tag on `curated` is set first and create-only, so of two runs that race for 
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.abc import MetaPathFinder
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.run import Run, recorded
+from jobs.set_inputs import Input, ScoreReader, how_to_fill
 from jobs.shipped import load_named
-from pipeline.rules import SPLIT, CurateRecipe, FunnelStep, Rule, explain, first_rejections, funnel, rules_of, split_of
-from schemas.captions import CAPTION_SCORES
+from pipeline.rules import (
+    KEPT,
+    SPLIT,
+    CurateRecipe,
+    FunnelStep,
+    Mask,
+    Places,
+    Rule,
+    asked,
+    explain,
+    first_rejections,
+    funnel,
+    is_one_of,
+    reached,
+    rules_of,
+    split_of,
+    undecided,
+)
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
 from schemas.curated import CURATED, CURATED_SETS, RECIPES
 from schemas.errors import ConfigError, SchemaError
 from schemas.recipe import short_hash
-from schemas.table import Table, content_sha256, sorted_by
+from schemas.table import Table, content_sha256
 
 TAG_PREFIX = "curated/"
 _NAME = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
-
-
-@dataclass(frozen=True)
-class Input:
-    """One table a set is made from: its content by hash, and where that content stands."""
-
-    table: Table
-    columns: tuple[str, ...]
-    pinned: tuple[str, str]
-    rows: pa.Table
-    sha256: str
-    uuid: str
-    snapshot_id: int
 
 
 @dataclass(frozen=True)
@@ -67,13 +72,13 @@ class _Evaluation:
     inputs: tuple[Input, ...]
     rules: list[Rule]
     clips: pa.Table
-    first: pa.ChunkedArray
+    first: Places
     missing: dict[str, int]
 
     @property
     def kept(self) -> pa.Table:
         """The clip ids of the set, in order."""
-        return self.clips.filter(pc.is_null(self.first)).select(["clip_id"]).sort_by("clip_id")
+        return self.clips.select(["clip_id"]).filter(pa.array(self.first == KEPT)).sort_by("clip_id")
 
 
 def check_name(what: str, name: str | None) -> None:
@@ -138,8 +143,7 @@ def read_set(lake: Lake, name: str) -> pa.Table:
                 f"set {name!r} was made from another table {table.name}, which has been dropped and remade"
             )
     ids = _members(lake, row["curated_id"], pins[CURATED.name]["snapshot_id"])
-    recipes = lake.read_where(RECIPES, "recipe_id", [row["recipe_id"]], ["recipe"])
-    segmentation_id = json.loads(recipes["recipe"][0].as_py())["segmentation_id"]
+    segmentation_id = set_recipe(lake, name).segmentation_id
     columns = CLIPS.content_columns
     clips = lake.read(CLIPS, columns, at=pins[CLIPS.name]["snapshot_id"])
     wanted = pc.and_(
@@ -165,6 +169,12 @@ def set_row(lake: Lake, name: str) -> dict[str, Any]:
     raise ConfigError(f"there is no curated set {name!r}; there are: {names}")
 
 
+def set_recipe(lake: Lake, name: str) -> CurateRecipe:
+    """The name of a set -> the recipe that made it, with the segmentation and the scorers it read."""
+    recipes = lake.read_where(RECIPES, "recipe_id", [set_row(lake, name)["recipe_id"]], ["recipe"])
+    return CurateRecipe.model_validate_json(recipes["recipe"][0].as_py())
+
+
 def leave_pandas_out() -> None:
     """For a process that does nothing but curate: pandas, which nothing here uses, is not imported.
 
@@ -181,93 +191,91 @@ def leave_pandas_out() -> None:
         sys.meta_path.insert(0, WithoutPandas())
 
 
-# --- reading ---
+# --- deciding ---
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Clips with `kind` and the scores that rules read, null where there is none, and by family who has no row at all."""
+
+    inputs: tuple[Input, ...]
+    clips: pa.Table
+    absent: dict[str, Mask]
 
 
 def _evaluate(lake: Lake, recipe: CurateRecipe) -> _Evaluation:
     rules = rules_of(recipe)
-    clips = _read_clips(lake, recipe)
-    families = {rule.family.name: rule.family for rule in rules if rule.name != SPLIT}
-    wanted = {name: tuple(sorted({r.column for r in rules if r.family.name == name})) for name in families}
-    scores = {name: _read_scores(lake, recipe, table, wanted[name]) for name, table in families.items()}
-    pins = {name.removeprefix("score_"): item.pinned[1] for name, item in scores.items()}
+    scored = _read_scored(lake, recipe, rules)
+    first = first_rejections(rules, scored.clips)
+    clips, *scores = scored.inputs
+    missing = {item.table.name: _check_coverage(item, recipe.coverage, rules, scored, first) for item in scores}
+    pins = {item.table.name.removeprefix("score_"): item.pinned[1] for item in scores}
     scorers = recipe.scorers.model_copy(update=pins)
     resolved = recipe.model_copy(update={"segmentation_id": clips.pinned[1], "scorers": scorers})
+    return _Evaluation(resolved, scored.inputs, rules, scored.clips, first, missing)
 
-    joined = clips.rows.filter(pc.is_in(clips.rows["kind"], value_set=pa.array(recipe.kinds))).select(
-        ["clip_id", "kind"]
-    )
+
+def undecided_clips(lake: Lake, recipe: CurateRecipe, family: Table) -> pa.ChunkedArray:
+    """A recipe and a family -> the ids of the clips it should score for that recipe, in order: those that no rule before
+    the family's rejects, and that those rules alone do not let through. All others have their verdict without it.
+
+    Scores that the family has by now are not looked at: that is an anti-join of the caller's, who knows the scorer. What
+    other families have not scored yet rejects nothing.
+
+    Raises: ConfigError if there are no clips, if the recipe has no rule that reads the family, or does not say which of
+    several scorers of another family it means.
+    """
+    rules = rules_of(recipe)
+    if not any(family.name in rule.families for rule in rules):
+        raise ConfigError(f"the recipe has no rule that reads {family.name}: it leaves nothing to score for it")
+    unread = {rule.family.name for rule in asked(rules) if rule.name != SPLIT and not lake.facts(rule.family).num_rows}
+    scored = _read_scored(lake, recipe, rules, unread | {family.name})
+    first = first_rejections(rules, scored.clips, scored.absent)
+    mask = undecided(rules, scored.clips, scored.absent, family.name, first)
+    return scored.clips["clip_id"].filter(pa.array(mask)).sort()
+
+
+def _read_scored(lake: Lake, recipe: CurateRecipe, rules: Sequence[Rule], unread: Collection[str] = ()) -> _Scored:
+    """What the rules ask about. Families that are `unread` are absent for every clip."""
+    reader = ScoreReader(lake, recipe)
+    clips = reader.clips()
+    joined = pa.table({"clip_id": clips.ids.found, "kind": clips.rows["kind"].combine_chunks()})
     if recipe.split is not None:
         joined = joined.append_column(SPLIT, split_of(joined["clip_id"]))
-    missing = {}
-    for name, item in scores.items():
-        if item.rows["clip_id"].equals(joined["clip_id"]):  # every clip was scored: nothing to look up
-            columns = {column: item.rows[column] for column in item.columns}
-            missing[name] = 0
+    inputs, absent = [clips], {}
+    scores = [rule for rule in asked(rules) if rule.name != SPLIT]
+    for table in {rule.family.name: rule.family for rule in scores}.values():
+        wanted = sorted({rule.column for rule in scores if rule.family is table})
+        if table.name in unread:
+            columns = {column: pa.nulls(len(joined), pa.float32()) for column in wanted}
+            absent[table.name] = np.ones(len(joined), np.bool_)
         else:
-            asked = pa.array(sorted({kind for rule in rules if rule.family.name == name for kind in rule.kinds}))
-            applies = pc.is_in(joined["kind"], value_set=asked)
-            place = pc.index_in(joined["clip_id"], value_set=item.rows["clip_id"])
-            columns = {column: item.rows[column].take(place) for column in item.columns}
-            missing[name] = _check_coverage(name, item, recipe.coverage, place.filter(applies))
+            item = reader.scores(table, wanted)
+            inputs.append(item)
+            columns = {column: item.rows[column] for column in wanted}
+            if item.ids is not clips.ids:  # not every clip was scored, or in another order
+                place = pc.index_in(joined["clip_id"], value_set=item.ids.found)
+                columns = {column: values.take(place) for column, values in columns.items()}
+                absent[table.name] = pc.is_null(place).to_numpy()
         for column, values in columns.items():
             joined = joined.append_column(column, values)
-    return _Evaluation(resolved, (clips, *scores.values()), rules, joined, first_rejections(rules, joined), missing)
+    of_kind = is_one_of(recipe.kinds, joined["kind"])
+    if not of_kind.all():
+        joined = joined.filter(pa.array(of_kind))
+        absent = {name: mask[of_kind] for name, mask in absent.items()}
+    return _Scored(tuple(inputs), joined, absent)
 
 
-def _read_clips(lake: Lake, recipe: CurateRecipe) -> Input:
-    rows, snapshot_id = _read_now(lake, CLIPS, ("clip_id", "segmentation_id", "kind"))
-    return _pin(lake, CLIPS, rows, snapshot_id, "segmentation_id", recipe.segmentation_id, "segmentation_id")
-
-
-def _read_scores(lake: Lake, recipe: CurateRecipe, table: Table, columns: tuple[str, ...]) -> Input:
-    family = table.name.removeprefix("score_")
-    rows, snapshot_id = _read_now(lake, table, ("clip_id", "scorer_id", *columns))
-    return _pin(lake, table, rows, snapshot_id, "scorer_id", getattr(recipe.scorers, family), f"scorers.{family}")
-
-
-def _read_now(lake: Lake, table: Table, columns: Sequence[str]) -> tuple[pa.Table, int]:
-    snapshot_id = lake.snapshot_id(table)
-    if snapshot_id is None:
-        raise ConfigError(f"{table.name} is empty: run `{_filled_by(table)}` first")
-    return lake.read(table, columns, at=snapshot_id), snapshot_id
-
-
-def _pin(
-    lake: Lake, table: Table, rows: pa.Table, snapshot_id: int, id_column: str, wanted: str | None, option: str
-) -> Input:
-    """The rows of one producer: the one the recipe names, or else the only one there is."""
-    counts = {item["values"]: item["counts"] for item in pc.value_counts(rows[id_column]).to_pylist()}
-    listed = ", ".join(f"{found} ({count} rows)" for found, count in sorted(counts.items()))
-    if wanted is None:
-        if len(counts) != 1:
-            raise ConfigError(f"{table.name} holds several: {listed}. Choose one with --set {option}=...")
-        (wanted,) = counts
-    elif wanted not in counts:
-        raise ConfigError(f"{table.name} has no rows of {option}={wanted}; it holds: {listed}")
-    mine = rows.filter(pc.equal(rows[id_column], wanted)) if len(counts) > 1 else rows
-    mine = sorted_by(mine, ["clip_id"])
-    return Input(
-        table=table,
-        columns=tuple(name for name in rows.column_names if name not in table.key),
-        pinned=(option, wanted),
-        rows=mine,
-        sha256=content_sha256(mine, rows.column_names, ["clip_id"]),
-        uuid=lake.uuid(table) or "",
-        snapshot_id=snapshot_id,
-    )
-
-
-def _filled_by(table: Table) -> str:
-    return "outback score caption SET" if table is CAPTION_SCORES else "outback scan"
-
-
-def _check_coverage(name: str, item: Input, required: float, place: pa.ChunkedArray) -> int:
-    missing = int(place.null_count)
-    if missing > (1.0 - required) * len(place):
+def _check_coverage(item: Input, required: float, rules: Sequence[Rule], scored: _Scored, first: Places) -> int:
+    name = item.table.name
+    if name not in scored.absent:
+        return 0
+    missing = int(undecided(rules, scored.clips, scored.absent, name, first).sum())
+    num_asked = int(reached(rules, scored.clips, first, name).sum())
+    if missing > (1.0 - required) * num_asked:
         raise ConfigError(
-            f"{name} has no row of scorer {item.pinned[1]} for {missing} of {len(place)} clips, and the recipe wants "
-            f"coverage={required:g}. Run `{_filled_by(item.table)}` to complete the scores, or accept it with "
+            f"{name} has no row of scorer {item.pinned[1]} for {missing} of {num_asked} clips, and the recipe wants "
+            f"coverage={required:g}. {how_to_fill(item.table)} to complete the scores, or accept it with "
             "--set coverage=..."
         )
     return missing
@@ -289,7 +297,7 @@ def _is_published(lake: Lake, result: CurateResult) -> bool:
 def _publish(lake: Lake, result: CurateResult, kept: pa.Table, inputs: Sequence[Input], run: Run) -> None:
     recipe = {"recipe_id": result.recipe_id, "recipe": result.recipe.canonical_json()}
     lake.append(RECIPES, [recipe], run.run_id)
-    rows = kept.append_column("curated_id", pa.array([result.curated_id] * len(kept), pa.string()))
+    rows = kept.append_column("curated_id", pa.repeat(pa.scalar(result.curated_id), len(kept)))
     lake.append(CURATED, rows, run.run_id)
     tag = TAG_PREFIX + str(result.name)
     pins = {CURATED.name: {"uuid": lake.uuid(CURATED), "snapshot_id": _tag_set(lake, tag, result)}}
@@ -323,7 +331,7 @@ def _tag_set(lake: Lake, tag: str, result: CurateResult) -> int:
 
 def _tag_input(lake: Lake, tag: str, item: Input) -> int:
     def holds(snapshot_id: int) -> bool:
-        rows = lake.read(item.table, item.rows.column_names, at=snapshot_id)
+        rows = lake.read(item.table, item.columns, at=snapshot_id)
         mine = rows.filter(pc.equal(rows[item.table.key[1]], item.pinned[1]))
         return content_sha256(mine, mine.column_names, ["clip_id"]) == item.sha256
 
@@ -389,6 +397,8 @@ def print_funnel(num_in: int, steps: Sequence[FunnelStep]) -> None:
         print(
             f"{step.rule:{width}}  {bounds.strip():>22}  {step.num_in:>9}  {step.num_rejected:>9}  {step.num_left:>9}"
         )
+        if step.num_rescued:
+            print(f"{'':{width}}    {step.num_rescued} of those left are outside the bounds and rescued")
         for example in step.examples:
             value = "null" if example.value is None else f"{example.value:.6g}"
             print(f"{'':{width}}    {example.clip_id}  {value} {example.bound}")

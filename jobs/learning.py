@@ -106,7 +106,7 @@ def _curate(lake: Lake, corpus: CorpusConfig) -> None:
         "best": (f"resolution.low={corpus.shape_size_px}", f"split.low={SPLIT}", stills),
     }  # fmt: skip
     for name, changes in sets.items():
-        curate(lake, load_curate_recipe("emu3", changes), name)
+        curate(lake, load_curate_recipe("offline", changes), name)
 
 
 def _pack(lake: Lake, tokenizer_id: str, conversations: Path) -> None:

@@ -3,25 +3,33 @@
 A rule is a closed interval over one score. Its bounds are rounded to float32 first, the precision in which scores are
 stored, so that a bound equal to a stored value includes it; a null passes no rule that applies to the clip's kind.
 `split` is no score: it comes from a clip's id, and keeps some media apart from all others.
-There is one evaluator, over Arrow columns, because engines disagree about exactly these cases.
+A rule may have a rescue: a clip outside its interval passes all the same if it is inside each of the rescue's.
+There is one evaluator, over columns, because engines disagree about exactly these cases.
 """
 
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Annotated, Literal, Self
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, model_validator
 
 from schemas.captions import CAPTION_SCORES
 from schemas.clips import CLIPS
 from schemas.recipe import Config, later_option
-from schemas.scores import MOTION, RESOLUTION, TECHNICAL, TEXT
+from schemas.scores import AESTHETIC, MOTION, RESOLUTION, TECHNICAL, TEXT
 from schemas.table import Table
 
 Kind = Literal["image", "video"]
+Mask = NDArray[np.bool_]
+Places = NDArray[np.int16]
 NUM_EXAMPLES = 5
+KEPT = -1  # among indices of rules: no rule rejects the clip
 
 
 def _each_once(kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
@@ -34,12 +42,11 @@ def _each_once(kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
 Kinds = Annotated[tuple[Kind, ...], Field(min_length=1), AfterValidator(_each_once)]
 
 
-class Bounds(Config):
-    """The closed interval a score must lie in, and the kinds of clip that are asked."""
+class Interval(Config):
+    """The closed interval a score must lie in."""
 
     low: float | None = None
     high: float | None = None
-    kinds: Kinds = ("image", "video")
 
     @model_validator(mode="after")
     def _is_a_question(self) -> Self:
@@ -48,6 +55,27 @@ class Bounds(Config):
         if self.low is not None and self.high is not None and self.low > self.high:
             raise ValueError(f"low {self.low} is above high {self.high}: nothing could pass")
         return self
+
+
+def _names_scores(intervals: dict[str, Interval] | None) -> dict[str, Interval] | None:
+    if intervals is not None:
+        if not intervals:
+            raise ValueError("a rescue needs an interval of at least one score")
+        for name in intervals:
+            if name not in SCORES:
+                near = difflib.get_close_matches(name, SCORES, n=1, cutoff=0.4)
+                raise ValueError(
+                    f"no score {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(SCORES)}")
+                )
+    return intervals
+
+
+class Bounds(Interval):
+    """A rule: the interval, the kinds of clip that are asked, and by what else a clip outside the interval may pass."""
+
+    kinds: Kinds = ("image", "video")
+    rescue: Annotated[dict[str, Interval] | None, AfterValidator(_names_scores)] = later_option(None)
+    """Intervals by the name of a score, such as `text = { high = 0.1 }`: a clip inside all of them passes the rule."""
 
 
 class VideoBounds(Bounds):
@@ -63,6 +91,7 @@ class ScorerPins(Config):
     motion: str | None = None
     text: str | None = None
     technical: str | None = None
+    aesthetic: str | None = later_option(None)
     caption: str | None = later_option(None)
 
 
@@ -71,7 +100,7 @@ class CurateRecipe(Config):
 
     kinds: Kinds = ("image", "video")
     coverage: float = Field(default=1.0, ge=0.0, le=1.0)
-    """Share of the clips a rule applies to that must have a row in its family; a clip without one passes no rule."""
+    """Share of the clips that reach a rule, undecided by those before it, that must have a row in its family."""
     segmentation_id: str | None = None
     scorers: ScorerPins = ScorerPins()
 
@@ -92,6 +121,7 @@ class CurateRecipe(Config):
     colour: Bounds | None = None
     colourfulness: Bounds | None = None
     letterbox: Bounds | None = None
+    aesthetic: Bounds | None = later_option(None)
     caption_words: Bounds | None = later_option(None)
     caption_repetition: Bounds | None = later_option(None)
     caption_problems: Bounds | None = later_option(None)
@@ -101,7 +131,7 @@ class CurateRecipe(Config):
 SPLIT = "split"
 SPLIT_DIGITS = 6  # hex digits of an id: as fine as a float32 below 1 can be
 
-# The score each section asks about.
+# The score each section asks about, cheap ones first: a dear scorer need not look at what these have rejected.
 SCORES: Mapping[str, tuple[Table, str]] = {
     SPLIT: (CLIPS, SPLIT),
     "resolution": (RESOLUTION, "short_edge_px"),
@@ -118,6 +148,7 @@ SCORES: Mapping[str, tuple[Table, str]] = {
     "colour": (TECHNICAL, "monochrome_ratio"),
     "colourfulness": (TECHNICAL, "colourfulness"),
     "letterbox": (TECHNICAL, "letterbox_ratio"),
+    "aesthetic": (AESTHETIC, "aesthetic"),
     "caption_words": (CAPTION_SCORES, "words"),
     "caption_repetition": (CAPTION_SCORES, "repetition"),
     "caption_problems": (CAPTION_SCORES, "problems"),
@@ -135,6 +166,12 @@ class Rule:
     low: float | None
     high: float | None
     kinds: tuple[Kind, ...]
+    rescue: tuple["Rule", ...] = ()
+
+    @property
+    def families(self) -> set[str]:
+        """Names of the families it reads."""
+        return {one.family.name for one in (self, *self.rescue)}
 
     def bound(self, value: float | None) -> str:
         """A rejected value -> the bound it broke, as people write it."""
@@ -155,7 +192,7 @@ class Example:
 
 @dataclass(frozen=True)
 class FunnelStep:
-    """What one rule did to the clips that the rules before it had left."""
+    """What one rule did to the clips that the rules before it had left. `num_rescued` are among `num_left`."""
 
     rule: str
     column: str
@@ -166,6 +203,7 @@ class FunnelStep:
     num_rejected: int
     num_left: int
     examples: tuple[Example, ...]
+    num_rescued: int = 0
 
 
 def rules_of(recipe: CurateRecipe) -> list[Rule]:
@@ -174,8 +212,17 @@ def rules_of(recipe: CurateRecipe) -> list[Rule]:
     for name, (family, column) in SCORES.items():
         bounds: Bounds | None = getattr(recipe, name)
         if bounds is not None:
-            rules.append(Rule(name, family, column, bounds.low, bounds.high, bounds.kinds))
+            rescue = tuple(
+                Rule(other, *SCORES[other], interval.low, interval.high, bounds.kinds)
+                for other, interval in sorted((bounds.rescue or {}).items())
+            )
+            rules.append(Rule(name, family, column, bounds.low, bounds.high, bounds.kinds, rescue))
     return rules
+
+
+def asked(rules: Sequence[Rule]) -> list[Rule]:
+    """Rules and their rescues, flat: every score that is asked about."""
+    return [one for rule in rules for one in (rule, *rule.rescue)]
 
 
 def split_of(clip_ids: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -190,31 +237,68 @@ def float32(value: float) -> float:
     return float(pa.scalar(value, pa.float32()).as_py())
 
 
-def passes(rule: Rule, kind: pa.ChunkedArray, values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Kinds and float32 scores of some clips -> which of them the rule lets through. Never null."""
-    inside = pc.is_valid(values)
-    if rule.low is not None:
-        inside = pc.and_(inside, pc.fill_null(pc.greater_equal(values, pa.scalar(rule.low, pa.float32())), False))
-    if rule.high is not None:
-        inside = pc.and_(inside, pc.fill_null(pc.less_equal(values, pa.scalar(rule.high, pa.float32())), False))
-    applies = pc.is_in(kind, value_set=pa.array(rule.kinds, pa.string()))
-    return pc.or_(pc.invert(applies), inside)
+def is_one_of(kinds: Sequence[Kind], kind: pa.ChunkedArray) -> Mask:
+    """Kinds of some clips, plain or dictionary-encoded -> which of them are asked for."""
+    found = kind.combine_chunks()
+    if not pa.types.is_dictionary(found.type):
+        found = found.dictionary_encode()
+    asked = np.array([name in kinds for name in found.dictionary.to_pylist()] + [False])  # the last for nulls
+    if asked[:-1].all() and not found.null_count:
+        return np.ones(len(found), np.bool_)
+    mask: Mask = asked[pc.fill_null(found.indices, len(found.dictionary)).to_numpy()]
+    return mask
 
 
-def first_rejections(rules: Sequence[Rule], clips: pa.Table) -> pa.ChunkedArray:
-    """Clips with `kind` and a float32 column per rule -> index of the first rule that rejects each clip, or null."""
-    first = pa.chunked_array([pa.nulls(len(clips), pa.int32())])
+def passes(rule: Rule, clips: pa.Table, absent: Mapping[str, Mask] | None = None) -> Mask:
+    """Clips with `kind` and a float32 column per score -> which of them the rule lets through.
+
+    `absent`: by family, the clips that it has not scored yet. With it their scores count as inside, without it as outside;
+    where the two answers differ the rule is undecided.
+    """
+    inside = _inside(rule, clips, absent)
+    if rule.rescue:
+        inside |= reduce(np.logical_and, [_inside(one, clips, absent) for one in rule.rescue])
+    mask: Mask = inside | ~is_one_of(rule.kinds, clips["kind"])
+    return mask
+
+
+def first_rejections(rules: Sequence[Rule], clips: pa.Table, absent: Mapping[str, Mask] | None = None) -> Places:
+    """Clips -> index of the first rule that does not let it through (see `passes`), or KEPT."""
+    first = np.full(len(clips), KEPT, np.int16)
     for index, rule in reversed(list(enumerate(rules))):
-        kept = passes(rule, clips["kind"], clips[rule.column])
-        first = pc.if_else(kept, first, pa.scalar(index, pa.int32()))
+        np.putmask(first, ~passes(rule, clips, absent), index)
     return first
 
 
-def funnel(rules: Sequence[Rule], clips: pa.Table, first: pa.ChunkedArray) -> Iterator[FunnelStep]:
+def undecided(rules: Sequence[Rule], clips: pa.Table, absent: Mapping[str, Mask], family: str, first: Places) -> Mask:
+    """Clips and the rules that reject them `first` -> those which come to a rule that can go either way, for want of a row
+    in the family.
+    """
+    found = np.zeros(len(clips), np.bool_)
+    for index, rule in enumerate(rules):
+        if family in rule.families and family in absent:
+            found |= absent[family] & _reaches(first, index) & passes(rule, clips, absent) & ~passes(rule, clips)
+    return found
+
+
+def reached(rules: Sequence[Rule], clips: pa.Table, first: Places, family: str) -> Mask:
+    """Clips and their `first_rejections` -> those that come to a rule that reads the family, and are asked by it."""
+    found = np.zeros(len(clips), np.bool_)
+    for index, rule in enumerate(rules):
+        if family in rule.families:
+            found |= _reaches(first, index) & is_one_of(rule.kinds, clips["kind"])
+    return found
+
+
+def funnel(rules: Sequence[Rule], clips: pa.Table, first: Places) -> Iterator[FunnelStep]:
     """Clips and what `first_rejections` said of them -> a step per rule, in order."""
     left = len(clips)
     for index, rule in enumerate(rules):
-        rejected = clips.filter(pc.fill_null(pc.equal(first, index), False)).select(["clip_id", rule.column])
+        rejected = np.flatnonzero(first == index)
+        num_rescued = 0
+        if rule.rescue:
+            outside = _reaches(first, index) & ~passes(replace(rule, rescue=()), clips)
+            num_rescued = int(outside.sum()) - len(rejected)
         yield FunnelStep(
             rule=rule.name,
             column=f"{rule.family.name}.{rule.column}",
@@ -224,32 +308,62 @@ def funnel(rules: Sequence[Rule], clips: pa.Table, first: pa.ChunkedArray) -> It
             num_in=left,
             num_rejected=len(rejected),
             num_left=left - len(rejected),
-            examples=tuple(_examples(rule, rejected)),
+            examples=tuple(_examples(rule, clips, rejected)),
+            num_rescued=num_rescued,
         )
         left -= len(rejected)
 
 
-def explain(rules: Sequence[Rule], clips: pa.Table, first: pa.ChunkedArray) -> pa.Table:
+def explain(rules: Sequence[Rule], clips: pa.Table, first: Places) -> pa.Table:
     """Clips and their `first_rejections` -> clip_id, verdict (kept or rejected), rule and value, by clip_id."""
     names = pa.array([rule.name for rule in rules], pa.string())
     value = pa.chunked_array([pa.nulls(len(clips), pa.float32())])
     for index, rule in enumerate(rules):
-        value = pc.if_else(pc.fill_null(pc.equal(first, index), False), clips[rule.column], value)
-    verdict = pc.if_else(pc.is_null(first), "kept", "rejected")
-    said = {"clip_id": clips["clip_id"], "verdict": verdict, "rule": pc.take(names, first), "value": value}
+        value = pc.if_else(pa.array(first == index), clips[rule.column], value)
+    verdict = pc.if_else(pa.array(first == KEPT), "kept", "rejected")
+    rejecting = pc.take(names, pa.array(first, mask=first == KEPT))
+    said = {"clip_id": clips["clip_id"], "verdict": verdict, "rule": rejecting, "value": value}
     return pa.table(said).sort_by("clip_id")
 
 
-def _examples(rule: Rule, rejected: pa.Table) -> Iterator[Example]:
-    """The rejected clips nearest to the bounds: those a person would argue about. Ties and nulls by clip id."""
-    values = rejected[rule.column]
-    beyond = []
+def _reaches(first: Places, index: int) -> Mask:
+    mask: Mask = (first >= index) | (first == KEPT)
+    return mask
+
+
+def _inside(rule: Rule, clips: pa.Table, absent: Mapping[str, Mask] | None) -> Mask:
+    values = _numbers(clips[rule.column])
+    inside: Mask = ~np.isnan(values)
     if rule.low is not None:
-        beyond.append(pc.subtract(pa.scalar(rule.low, pa.float32()), values))
+        inside &= values >= np.float32(float32(rule.low))
     if rule.high is not None:
-        beyond.append(pc.subtract(values, pa.scalar(rule.high, pa.float32())))
-    distance = pc.fill_null(pc.max_element_wise(*beyond), float("inf"))
-    ordered = rejected.append_column("distance", distance)
-    ordered = ordered.sort_by([("distance", "ascending"), ("clip_id", "ascending")]).slice(0, NUM_EXAMPLES)
-    for clip_id, value in zip(ordered["clip_id"].to_pylist(), ordered[rule.column].to_pylist(), strict=True):
+        inside &= values <= np.float32(float32(rule.high))
+    if absent is not None and rule.family.name in absent:
+        inside |= absent[rule.family.name]
+    return inside
+
+
+def _numbers(scores: pa.ChunkedArray) -> NDArray[np.float32]:
+    """Float32 scores, with NaN for null: it lies in no interval."""
+    numbers: NDArray[np.float32] = pc.fill_null(scores.combine_chunks(), float("nan")).to_numpy()
+    return numbers
+
+
+def _examples(rule: Rule, clips: pa.Table, rejected: NDArray[np.intp]) -> Iterator[Example]:
+    """The rejected clips nearest to the bounds: those a person would argue about. Ties and nulls by clip id."""
+    values = _numbers(clips[rule.column])[rejected]
+    distance = np.full(len(values), -np.inf, np.float32)
+    if rule.low is not None:
+        distance = np.maximum(distance, np.float32(float32(rule.low)) - values)
+    if rule.high is not None:
+        distance = np.maximum(distance, values - np.float32(float32(rule.high)))
+    distance = np.nan_to_num(distance, nan=np.inf)
+    if len(distance) > NUM_EXAMPLES:  # only what may be among the nearest is sorted
+        near = distance <= np.partition(distance, NUM_EXAMPLES)[NUM_EXAMPLES]
+        rejected, distance = rejected[near], distance[near]
+    found = clips.select(["clip_id", rule.column]).take(pa.array(rejected))
+    found = found.append_column("distance", pa.array(distance))
+    order = pc.select_k_unstable(found, NUM_EXAMPLES, [("distance", "ascending"), ("clip_id", "ascending")])
+    nearest = found.take(order)
+    for clip_id, value in zip(nearest["clip_id"].to_pylist(), nearest[rule.column].to_pylist(), strict=True):
         yield Example(clip_id, value, rule.bound(value))

@@ -59,4 +59,11 @@ TECHNICAL = _family(
     NUM_SAMPLES,
 )
 
+AESTHETIC = _family(
+    "aesthetic",
+    "LAION's aesthetic predictor on open_clip ViT-L/14. Paper: Emu3 report, section 2.1 and appendix on video data.",
+    _score("aesthetic", "lowest prediction over three frames of a clip, of an image its own; about 1 to 10"),
+    NUM_SAMPLES,
+)
+
 FAMILIES = (RESOLUTION, MOTION, TEXT, TECHNICAL)

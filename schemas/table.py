@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from schemas.errors import SchemaError
 
 TIMESTAMP = pa.timestamp("us", "UTC")
+PIECE_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,7 @@ class Table:
         if unknown:
             raise SchemaError(f"{self.name} has no column {unknown}; its columns are {self.names}")
         arrays = [self._column(rows, column) for column in self.columns]
-        table = pa.Table.from_arrays(arrays, schema=self.arrow_schema)
-        return table.sort_by([(name, "ascending") for name in self.key])
+        return sorted_by(pa.Table.from_arrays(arrays, schema=self.arrow_schema), self.key)
 
     def _from_dicts(self, rows: Sequence[Mapping[str, object]]) -> pa.Table:
         names = {name for row in rows for name in row}
@@ -110,50 +110,96 @@ class Table:
 
 def sorted_by(rows: pa.Table, key: Sequence[str]) -> pa.Table:
     """Rows in ascending order of a key. Looking first whether they are so already costs a tenth of sorting them."""
-    if len(key) == 1 and len(rows) > 1:
-        values = rows[key[0]]
+    if len(rows) < 2:
+        return rows
+    varying = [name for name in key if not _is_constant(rows[name])]
+    if len(varying) <= 1:
+        values = rows[(*varying, key[0])[0]]
         if pc.all(pc.less_equal(values.slice(0, len(values) - 1), values.slice(1)), min_count=0).as_py():
             return rows
     return rows.sort_by([(name, "ascending") for name in key])
 
 
+def _is_constant(values: pa.ChunkedArray) -> bool:
+    first, last = values[0], values[len(values) - 1]
+    return bool(first == last and first.is_valid and pc.all(pc.equal(values, first), min_count=0).as_py())
+
+
 def content_sha256(rows: pa.Table, columns: Iterable[str], key: Sequence[str]) -> str:
     """Rows -> SHA-256 over the named columns in key order: equal content, equal hash, whatever the files and their order."""
-    ordered = sorted_by(rows, key).select(list(columns))
     digest = hashlib.sha256()
-    for name in ordered.column_names:
-        digest.update(f"{name}:{ordered[name].type};".encode())
-        for part in _canonical_bytes(ordered[name]):
-            digest.update(part)
+    update_sha256(digest, sorted_by(rows, key).select(list(columns)))
     return digest.hexdigest()
 
 
-def _canonical_bytes(values: pa.ChunkedArray) -> Iterator[bytes | memoryview]:
+def update_sha256(digest: "hashlib._Hash", rows: pa.Table, order: pa.Array | None = None) -> None:
+    """Add columns to the hash of those before them. `order`: the places of the rows in key order; None if they are in it.
+
+    Columns are put in order and hashed piece by piece: no copy is made of one. A dictionary-encoded one counts as decoded.
+    """
+    for name in rows.column_names:
+        values = rows[name]
+        kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+        digest.update(f"{name}:{kind};".encode())
+        for part in _canonical_bytes(_Pieces(values, order, kind)):
+            digest.update(part)
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """A column as arrays of its plain type, a few rows each, in order. Can be gone through several times."""
+
+    values: pa.ChunkedArray
+    order: pa.Array | None
+    kind: pa.DataType
+
+    def __iter__(self) -> Iterator[pa.Array]:
+        if self.order is None:
+            for chunk in self.values.chunks:
+                for start in range(0, len(chunk), PIECE_ROWS):
+                    yield self._plain(chunk.slice(start, PIECE_ROWS))
+        else:
+            whole = self.values.combine_chunks()
+            for start in range(0, len(self.order), PIECE_ROWS):
+                piece = whole.take(self.order.slice(start, PIECE_ROWS))
+                yield self._plain(piece.combine_chunks() if isinstance(piece, pa.ChunkedArray) else piece)
+
+    def _plain(self, piece: pa.Array) -> pa.Array:
+        if not pa.types.is_dictionary(piece.type):
+            return piece
+        if len(piece.dictionary) == 1 and not piece.null_count:
+            return pa.repeat(piece.dictionary[0], len(piece))
+        return piece.cast(self.kind)
+
+
+def _canonical_bytes(pieces: _Pieces) -> Iterator[bytes | memoryview]:
     """Nulls and values apart, so that what lies under a null, chunk borders and slices cannot change the hash."""
-    array = values.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):  # several chunks of more than 2 GiB stay apart
-        array = pa.concat_arrays([chunk.cast(_large(chunk.type)) for chunk in array.chunks])
-    yield pc.is_null(array).cast(pa.uint8()).to_numpy(zero_copy_only=False).tobytes()
-    if pa.types.is_nested(array.type):
-        yield repr(array.to_pylist()).encode()
-    elif (
-        _large(array.type) != array.type or pa.types.is_large_string(array.type) or pa.types.is_large_binary(array.type)
-    ):
-        filled = pc.fill_null(array.cast(pa.large_binary()), b"")
-        yield pc.binary_length(filled).to_numpy(zero_copy_only=False).tobytes()
-        offsets = memoryview(filled.buffers()[1]).cast("q")
-        first, last = offsets[filled.offset], offsets[filled.offset + len(filled)]
-        if last > first:
-            yield memoryview(filled.buffers()[2])[first:last]
-    elif pa.types.is_timestamp(array.type):
-        yield pc.fill_null(array.cast(pa.int64()), 0).to_numpy(zero_copy_only=False).tobytes()
-    elif pa.types.is_boolean(array.type):
-        yield pc.fill_null(array.cast(pa.uint8()), 0).to_numpy(zero_copy_only=False).tobytes()
+    yield from (_memory(pc.is_null(piece).cast(pa.uint8())) for piece in pieces)
+    if pa.types.is_nested(pieces.kind):
+        yield repr([value for piece in pieces for value in piece.to_pylist()]).encode()
+    elif pa.types.is_string(pieces.kind) or pa.types.is_binary(pieces.kind) or _is_large(pieces.kind):
+        yield from (_memory(pc.binary_length(_filled(piece))) for piece in pieces)
+        for piece in pieces:
+            filled = _filled(piece)
+            offsets = memoryview(filled.buffers()[1]).cast("q")
+            first, last = offsets[filled.offset], offsets[filled.offset + len(filled)]
+            if last > first:
+                yield memoryview(filled.buffers()[2])[first:last]
+    elif pa.types.is_timestamp(pieces.kind):
+        yield from (_memory(pc.fill_null(piece.cast(pa.int64()), 0)) for piece in pieces)
+    elif pa.types.is_boolean(pieces.kind):
+        yield from (_memory(pc.fill_null(piece.cast(pa.uint8()), 0)) for piece in pieces)
     else:
-        yield pc.fill_null(array, 0).to_numpy(zero_copy_only=False).tobytes()
+        yield from (_memory(pc.fill_null(piece, 0)) for piece in pieces)
 
 
-def _large(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_string(kind):
-        return pa.large_string()
-    return pa.large_binary() if pa.types.is_binary(kind) else kind
+def _filled(texts: pa.Array) -> pa.Array:
+    return pc.fill_null(texts.cast(pa.large_binary()), b"")
+
+
+def _memory(numbers: pa.Array) -> memoryview:
+    return memoryview(numbers.to_numpy(zero_copy_only=False)).cast("B")
+
+
+def _is_large(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_large_string(kind) or pa.types.is_large_binary(kind))

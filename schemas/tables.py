@@ -8,7 +8,7 @@ from schemas.curated import CURATED, CURATED_SETS, RECIPES
 from schemas.generations import GENERATIONS, PREFERENCE_PAIRS, PREFERENCE_SETS
 from schemas.media import LOCATIONS, MEDIA
 from schemas.runs import ATTEMPTS, RUNS
-from schemas.scores import FAMILIES
+from schemas.scores import AESTHETIC, FAMILIES
 from schemas.sequences import SEQUENCE_SETS, SEQUENCES
 from schemas.table import Table
 from schemas.texts import TEXTS
@@ -21,6 +21,7 @@ TABLES: tuple[Table, ...] = (
     CLIPS,
     SCANS,
     *FAMILIES,
+    AESTHETIC,
     RECIPES,
     CURATED,
     CURATED_SETS,

@@ -35,7 +35,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Lake, str, dict[str
     folder = tmp_path_factory.mktemp("grown")
     lake = Lake.open(folder / "lake")
     grow(lake, folder / "media1", 0)
-    curate(lake, load_curate_recipe("emu3", SMALL), "first")
+    curate(lake, load_curate_recipe("offline", SMALL), "first")
     first = read_set(lake, "first")
     before = {"sha256": content_sha256(first, first.column_names, ["clip_id"])}
     grow(lake, folder / "media2", 100)
@@ -68,7 +68,7 @@ def test_a_new_threshold_opens_no_medium_and_starts_no_ray(grown: tuple[Lake, st
         "assert not heavy, heavy\n"
     )
     options = [part for override in (*SMALL, "resolution.low=90") for part in ("--set", override)]
-    command = [sys.executable, "-c", script, "curate", "emu3", "--name", "stricter", "--json", *options]
+    command = [sys.executable, "-c", script, "curate", "offline", "--name", "stricter", "--json", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OUTBACK_LAKE": str(lake.folder)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -77,9 +77,9 @@ def test_a_new_threshold_opens_no_medium_and_starts_no_ray(grown: tuple[Lake, st
 
 def test_the_same_recipe_again_gives_the_same_id_and_no_snapshot(grown: tuple[Lake, str, dict[str, str]]) -> None:
     lake, _, _ = grown
-    first = curate(lake, load_curate_recipe("emu3", SMALL), "again")
+    first = curate(lake, load_curate_recipe("offline", SMALL), "again")
     snapshots = {table.name: lake.snapshot_id(table) for table in TABLES}
-    second = curate(lake, load_curate_recipe("emu3", SMALL), "again")
+    second = curate(lake, load_curate_recipe("offline", SMALL), "again")
     assert second.curated_id == first.curated_id
     assert not second.created
     assert {table.name: lake.snapshot_id(table) for table in TABLES} == snapshots

@@ -74,7 +74,7 @@ def test_clips_that_are_captioned_in_part_have_no_score_yet(lake: Lake, monkeypa
 
 
 def test_sets_of_before_there_were_caption_rules_keep_their_ids() -> None:
-    recipe = load_curate_recipe("emu3")
+    recipe = load_curate_recipe("offline")
     assert not any("caption" in name for name in recipe.model_dump(mode="json"))
     assert "caption" not in recipe.model_dump(mode="json")["scorers"]
     assert recipe.model_dump(mode="json")["motion_max"] is None  # as before, too

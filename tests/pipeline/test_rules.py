@@ -29,7 +29,7 @@ from pipeline.rules import (
 from schemas.captions import CAPTION_SCORES
 from schemas.clips import CLIPS
 from schemas.identity import clip_id
-from schemas.scores import FAMILIES, MOTION, RESOLUTION
+from schemas.scores import AESTHETIC, FAMILIES, MOTION, RESOLUTION
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
@@ -39,8 +39,8 @@ def rule(low: float | None = None, high: float | None = None, kinds: tuple[Kind,
 
 
 def verdicts(asked: Rule, values: Sequence[float | None], kinds: Sequence[str] | None = None) -> list[bool]:
-    kind = pa.chunked_array([pa.array(kinds or ["video"] * len(values), pa.string())])
-    found: list[bool] = passes(asked, kind, pa.chunked_array([pa.array(values, pa.float32())])).to_pylist()
+    kind = pa.array(kinds or ["video"] * len(values), pa.string())
+    found: list[bool] = passes(asked, pa.table({"kind": kind, "motion": pa.array(values, pa.float32())})).tolist()
     return found
 
 
@@ -90,7 +90,7 @@ def test_every_section_of_a_recipe_asks_about_a_score_there_is() -> None:
     assert sections == set(SCORES)
     assert SCORES[SPLIT] == (CLIPS, SPLIT)  # no score: it comes from the id
     for family, column in (score for name, score in SCORES.items() if name != SPLIT):
-        assert family in (*FAMILIES, CAPTION_SCORES)
+        assert family in (*FAMILIES, AESTHETIC, CAPTION_SCORES)
         assert column in family.names
 
 

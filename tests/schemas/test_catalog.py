@@ -453,9 +453,9 @@ def test_only_new_files_are_read_for_keys(lake: Lake, monkeypatch: pytest.Monkey
     opened = []
     whole = schemas.catalog._open_parquet
 
-    def note(handle: object, path: str) -> object:
+    def note(handle: object, path: str, encoded: object) -> object:
         opened.append(path)
-        return whole(handle, path)  # type: ignore[arg-type]  # passed on as it came
+        return whole(handle, path, encoded)  # type: ignore[arg-type]  # passed on as it came
 
     monkeypatch.setattr(schemas.catalog, "_open_parquet", note)
     lake.append(ITEMS, rows(4), "r")

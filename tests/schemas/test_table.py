@@ -6,10 +6,14 @@ from datetime import UTC, datetime
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+import schemas.table
 from schemas.errors import SchemaError
-from schemas.table import TIMESTAMP, Column, Table, content_sha256
+from schemas.table import TIMESTAMP, Column, Table, content_sha256, update_sha256
 
 NUMBERS = Table(
     name="numbers",
@@ -143,3 +147,45 @@ def test_the_hash_is_the_documented_one() -> None:
     rows = pa.table({"k": pa.array([2, 1], pa.int64())})
     expected = hashlib.sha256(b"k:int64;" + bytes(2) + np.array([1, 2], "<i8").tobytes()).hexdigest()
     assert content_sha256(rows, ["k"], ["k"]) == expected
+
+
+@given(st.data())
+def test_columns_in_pieces_and_by_places_hash_like_rows_in_order(data: st.DataObject) -> None:
+    """However a column is cut, encoded and ordered, the hash is that of the plain rows in key order."""
+    count = data.draw(st.integers(0, 12))
+    columns = {
+        "k": pa.array(
+            data.draw(st.lists(st.text(st.characters(codec="utf-8")), min_size=count, max_size=count, unique=True)),
+            pa.string(),
+        ),
+        "few": pa.array(
+            data.draw(st.lists(st.sampled_from(["a", "bc", None]), min_size=count, max_size=count)), pa.string()
+        ),
+        "x": pa.array(data.draw(st.lists(st.none() | st.integers(0, 9), min_size=count, max_size=count)), pa.float32()),
+        "yes": pa.array(data.draw(st.lists(st.none() | st.booleans(), min_size=count, max_size=count)), pa.bool_()),
+        "many": pa.array([[number] for number in range(count)], pa.list_(pa.int64())),
+    }
+    rows = pa.table(columns)
+    plain = hashlib.sha256()
+    for name, values in rows.sort_by("k").to_pydict().items():
+        kind = columns[name].type
+        plain.update(f"{name}:{kind};".encode())
+        plain.update(bytes(value is None for value in values))
+        if kind == pa.string():
+            texts = [(value or "").encode() for value in values]
+            plain.update(np.array([len(text) for text in texts], "<i8").tobytes() + b"".join(texts))
+        elif kind == pa.float32():
+            plain.update(np.array([value or 0 for value in values], "<f4").tobytes())
+        elif kind == pa.bool_():
+            plain.update(bytes(bool(value) for value in values))
+        else:
+            plain.update(repr(values).encode())
+    cut = data.draw(st.integers(0, count))
+    pieces = pa.concat_tables([rows.slice(0, cut), rows.slice(cut)])
+    pieces = pieces.set_column(1, "few", pieces["few"].dictionary_encode())
+    digest = hashlib.sha256()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schemas.table, "PIECE_ROWS", data.draw(st.integers(1, 5)))
+        update_sha256(digest, pieces, pc.sort_indices(pieces["k"]))
+        assert content_sha256(rows, rows.column_names, ["k"]) == digest.hexdigest()
+    assert digest.hexdigest() == plain.hexdigest()
