@@ -174,7 +174,7 @@ def run_stage(
     return StageOutcome(
         committer.num_done,
         committer.num_failed,
-        committer.failed_by_reason,
+        dict(committer.failed_by_reason),
         committer.rows_added,
         time.monotonic() - started,
     )
