@@ -51,11 +51,12 @@ def _bar(title: str) -> Iterator[Advance]:
 @contextlib.contextmanager
 def _lines(title: str) -> Iterator[Advance]:
     last = [time.monotonic() - PLAIN_INTERVAL_S]
-    said = [-1]
+    said = [""]
 
     def advance(done: int, total: int, note: str) -> None:
-        if done != said[0] and (done >= total or time.monotonic() - last[0] >= PLAIN_INTERVAL_S):
-            print(f"{title}: {done}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
-            last[0], said[0] = time.monotonic(), done
+        line = f"{title}: {done}/{total} {note}".rstrip()
+        if line != said[0] and (done >= total or time.monotonic() - last[0] >= PLAIN_INTERVAL_S):
+            print(line, file=sys.stderr, flush=True)
+            last[0], said[0] = time.monotonic(), line
 
     yield advance

@@ -136,6 +136,8 @@ class PyavReader(VideoReader):
             yield from self._container.demux(self._stream, *self._container.streams.audio)
         except av.error.FFmpegError as error:
             self._failure = f"({error.strerror})"  # nothing can be read behind it; if that matters, the end tells
+        except IndexError:  # PyAV knows the streams that were there when the file was opened
+            self._failure = "(a stream begins in the middle of the file)"
 
     def __iter__(self) -> Iterator[Frame]:
         for raw in self._raw:

@@ -215,10 +215,12 @@ def _is_transport_stream(head: bytes) -> bool:
 def _moves(path: Path) -> bool:
     from PIL import Image
 
+    from pipeline.read_image import BROKEN_PICTURE
+
     try:
         with Image.open(path) as picture:
             return bool(getattr(picture, "is_animated", False))
-    except (OSError, SyntaxError, ValueError):
+    except (*BROKEN_PICTURE, Image.DecompressionBombError):
         return False  # a broken GIF is a broken picture
 
 
@@ -228,14 +230,14 @@ def _ask_readers(path: Path) -> Kind:
     from PIL import Image, UnidentifiedImageError
 
     from pipeline.decode_pyav import first_video_stream, open_container
-    from pipeline.read_image import picture_formats
+    from pipeline.read_image import BROKEN_PICTURE, picture_formats
 
     try:
         with Image.open(path, formats=picture_formats()):
             return "image"
     except UnidentifiedImageError:
         pass  # not a picture: ask the video reader
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except (*BROKEN_PICTURE, Image.DecompressionBombError):
         return "image"
     try:
         with open_container(path.absolute()) as container:

@@ -1,7 +1,9 @@
 """Picture files -> one upright 8-bit BGR picture, whatever mode they store."""
 
 import contextlib
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +20,11 @@ from schemas.errors import RowError
 EXIF_ORIENTATION = 0x0112
 TURNED_DEG = {3: 180, 4: 180, 5: 90, 6: 270, 7: 270, 8: 90}  # EXIF orientation -> counter-clockwise rotation
 WHITE = (255, 255, 255)
+BROKEN_PICTURE = (
+    OSError, SyntaxError, ValueError, EOFError, RuntimeError, IndexError, KeyError, TypeError, OverflowError, struct.error,
+    zlib.error,
+)  # fmt: skip
+"""What Pillow raises on pictures that are broken, some formats in ways of their own."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ def read_image(path: Path, max_pixels: int | None = None, max_pictures: int | No
             raise RowError("Unreadable", f"{path.name} is no picture that can be read") from error
         except Pillow.DecompressionBombError as error:
             raise RowError("TooManyPixels", f"{path.name}: {error}") from error
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
+        except BROKEN_PICTURE as error:
             raise RowError("Unreadable", f"{path.name}: {error}") from error
 
 
@@ -98,7 +105,7 @@ def _check_pictures(opened: Pillow.Image, path: Path, max_pictures: int | None) 
 def _load(opened: Pillow.Image, path: Path) -> None:
     try:
         opened.load()
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except BROKEN_PICTURE as error:
         reason = "Truncated" if "truncat" in str(error).lower() or isinstance(error, EOFError) else "Unreadable"
         raise RowError(reason, f"{path.name}: {error}") from error
 

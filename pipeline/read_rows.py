@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from schemas.errors import RowError
 
@@ -48,7 +48,7 @@ def columns_of(path: Path) -> tuple[str, ...]:
         return tuple(_open_parquet(path).schema_arrow.names)
     if path.suffix.lower() == ".csv":
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            return tuple(_csv_header(csv.reader(file, strict=True)))
+            return tuple(_csv_header(csv.reader(_lines(file), strict=True)))
     broken: RowError | None = None
     found: dict[str, None] = {}
     for row in itertools.islice(_read_jsonl(path), SAMPLED_ROWS):
@@ -57,6 +57,14 @@ def columns_of(path: Path) -> tuple[str, ...]:
     if found:
         return tuple(found)
     raise broken or RowError("EmptyFile", "found no rows, expected one JSON object per line")
+
+
+def _lines(file: TextIO) -> Iterator[str]:
+    """Lines of a text file. Raises: RowError if one is so long that it would not fit into memory."""
+    while line := file.readline(MAX_LINE_BYTES):
+        if len(line) == MAX_LINE_BYTES and not line.endswith("\n"):
+            raise RowError("BrokenRows", f"found a line of more than {MAX_LINE_BYTES} characters")
+        yield line
 
 
 def _csv_header(reader: Iterator[list[str]]) -> list[str]:
@@ -71,7 +79,7 @@ def _csv_header(reader: Iterator[list[str]]) -> list[str]:
 
 def _read_csv(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(_lines(file), strict=True)
         header = _csv_header(reader)
         index = -1
         while True:

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 
 from pipeline.failures import FailureBound
 from pipeline.list_sources import readable_text
+from pipeline.watchdog import STALL_S, InHand, Watchdog
 from schemas.catalog import Lake, WrittenFiles
 from schemas.errors import ConfigError, OutbackError, RowError
 from schemas.runs import ATTEMPTS
@@ -122,10 +123,13 @@ def run_stage(
     run_id: str,
     num_workers: int,
     on_progress: Callable[[int, int, str], None],
+    *,
+    stall_s: float = STALL_S,
 ) -> StageOutcome:
     """Process `todo` (columns: the item key, `attempt`, optionally `uri` and `cost`, and what the worker reads).
 
-    `num_workers` actors hold one worker each, or as many as the cluster has room for.
+    `num_workers` actors hold one worker each, or as many as the cluster has room for. When nothing was finished for
+    `stall_s`, `on_progress` is told who holds what, from another thread.
 
     Raises: ConfigError before anything starts if it has room for none; FailureRateError at the end if more items failed
         than the stage allows; the OutbackError that is no RowError by which a worker said that no item can be processed.
@@ -159,22 +163,28 @@ def run_stage(
     )
     committer = _Committer(lake, stage, run_id)
     on_progress(0, len(todo), "")
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        assert isinstance(batch, pa.Table)  # as asked for
-        for row in batch.to_pylist():
-            committer.add(row)
-            if row["stop"] is not None:
-                committer.commit()  # what is finished is kept
-                raise pickle.loads(row["stop"])
-            note = f"{committer.num_failed} failed" if committer.num_failed else ""
-            on_progress(committer.num_done + committer.num_failed, len(todo), note)
-        committer.commit_if_due()
+
+    def tell_stall(what: str) -> None:
+        on_progress(committer.num_done + committer.num_failed, len(todo), what)
+
+    with Watchdog(run_id, stall_s, tell_stall) as watchdog:
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            assert isinstance(batch, pa.Table)  # as asked for
+            for row in batch.to_pylist():
+                committer.add(row)
+                if row["stop"] is not None:
+                    committer.commit()  # what is finished is kept
+                    raise pickle.loads(row["stop"])
+                note = f"{committer.num_failed} failed" if committer.num_failed else ""
+                on_progress(committer.num_done + committer.num_failed, len(todo), note)
+            committer.commit_if_due()
+            watchdog.progressed()
     committer.commit()
     stage.failures.check(f"items of {stage.name}", committer.num_done, committer.failed_by_reason)
     return StageOutcome(
         committer.num_done,
         committer.num_failed,
-        committer.failed_by_reason,
+        dict(committer.failed_by_reason),
         committer.rows_added,
         time.monotonic() - started,
     )
@@ -232,6 +242,7 @@ class _StageActor:
     def __init__(self, lake: Lake, stage: Stage, run_id: str) -> None:
         self.lake, self.stage, self.run_id = lake, stage, run_id
         self.threads = ThreadPoolExecutor(stage.concurrency) if stage.concurrency > 1 else None
+        self.in_hand = InHand(run_id)
         self.writing = threading.Lock()  # blocks that overlap share one lake
         self.worker: Worker | OutbackError
         try:
@@ -276,7 +287,8 @@ class _StageActor:
         if isinstance(self.worker, OutbackError):
             return self.worker
         try:
-            return self.worker.process(item)
+            with self.in_hand.holding(str(item[self.stage.item_key]), item.get("uri")):
+                return self.worker.process(item)
         except OutbackError as error:
             return error
         except Exception as error:  # of one item, whatever it is, and no reason to lose the others

@@ -1,5 +1,6 @@
 """Whatever dies during a scan, nothing is lost and nothing is doubled."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from jobs.ingest import IngestConfig, ingest
 from schemas.catalog import Lake
 from schemas.clips import CLIPS, SCANS
 from schemas.media import MEDIA
-from schemas.runs import ATTEMPTS
+from schemas.runs import ATTEMPTS, RUNS
 from schemas.scores import FAMILIES
 from schemas.table import Table
 from tests.flows.small_media import write_image, write_video
@@ -123,3 +124,25 @@ def test_killed_worker_is_replaced(tmp_path: Path) -> None:
     assert len(lake.read(MEDIA)) == len(lake.read(SCANS)) == 4
     assert len(lake.read(ATTEMPTS)) == 0
     assert_each_key_once(lake)
+
+
+@pytest.mark.slow
+def test_a_broken_decoder_does_not_look_like_a_clean_run(tmp_path: Path) -> None:
+    folder = tmp_path / "media"
+    folder.mkdir()
+    for seed, name in enumerate(["raise1", "raise2", "raise3", "fine"]):
+        write_video(folder / f"{name}.mp4", seed)
+    lake = new_lake(tmp_path / "lake", folder)
+    command = [sys.executable, "-m", "jobs.cli", "scan", "--lake", str(lake.folder), "--set", "failures.min_failed=3"]
+    broken = ["--set", "decoder=tests.flows.poison_decoder:decode"]
+    for expected in ("3 of 4 items of scan failed", "3 of 4 media failed"):  # a second look makes nothing better
+        done = subprocess.run(
+            [*command, *broken], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, timeout=600, check=False,
+        )  # fmt: skip
+        assert done.returncode == 1, done.stderr
+        assert expected in done.stderr
+        assert "3 ZeroDivisionError. What succeeded is kept" in done.stderr
+    (run,) = [row for row in lake.read(RUNS).to_pylist() if (row["job"], row["status"]) == ("scan", "failed")]
+    assert json.loads(run["outcome"])["failed_by_reason"] == {"ZeroDivisionError": 3}
+    assert len(lake.read(SCANS)) == 1

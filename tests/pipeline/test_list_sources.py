@@ -312,3 +312,14 @@ def test_every_row_says_what_a_jsonl_file_is(tmp_path: Path, first: str) -> None
     assert names(listing)["manifests"] == ["list.jsonl"]
     assert [statement.caption for statement in listing.media[0].statements] == ["a caption"]
     assert [refused.uri.rpartition("#")[2] for refused in listing.refused] == ["row=0"]
+
+
+def test_a_csv_line_that_never_ends_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.read_rows.MAX_LINE_BYTES", 1000)
+    (tmp_path / "first.csv").write_bytes(bytes(1001))
+    (tmp_path / "later.csv").write_text("path,caption\na.png,short\n" + "x" * 1001)
+    (tmp_path / "fits.csv").write_text("path\n" + "x" * 999 + "\n")
+    listing = list_sources([tmp_path])
+    refused = {Path(one.uri).name: one.reason for one in listing.refused}
+    assert (refused["first.csv"], refused["later.csv"]) == ("BrokenRows", "BrokenRows")
+    assert [path.name for path in listing.manifests] == ["fits.csv"]

@@ -1,5 +1,6 @@
 """Files are known by their content, and what cannot be used says why."""
 
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 from pipeline.decode import open_video
 from pipeline.media_limits import MediaLimits
 from pipeline.probe_media import probe, sniff
+from pipeline.sandbox import Sandbox
 from schemas.errors import RowError
 from tests.pipeline.made_media import shared_media, shot, write_video
 
@@ -177,3 +179,19 @@ def test_drawings_of_characters_are_no_video(tmp_path: Path, name: str) -> None:
     assert sniff(tmp_path / name) == "other"
     with pytest.raises(RowError):
         probe(tmp_path / name)
+
+
+def test_a_gif_that_claims_more_pixels_than_pillow_opens_is_refused_as_any_other(tmp_path: Path) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "a.gif")
+    data = (tmp_path / "a.gif").read_bytes()
+    (tmp_path / "a.gif").write_bytes(data[:6] + b"\xff\xff\xff\xff" + data[10:])
+    assert reason(tmp_path / "a.gif") == "TooManyPixels"
+
+
+def test_a_playlist_that_names_a_pipe_is_not_followed(tmp_path: Path) -> None:
+    """FFmpeg would wait for somebody to write into it."""
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for name in ("list.mp4", "list"):
+        (tmp_path / name).write_text("ffconcat version 1.0\nfile pipe.mp4\n")
+        with Sandbox(timeout_s=60, memory_mb=2000) as sandbox, pytest.raises(RowError, match="holds neither"):
+            sandbox.run(probe, tmp_path / name)

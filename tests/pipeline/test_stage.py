@@ -2,8 +2,10 @@
 
 import os
 import pickle
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -112,3 +114,49 @@ def test_a_stage_that_asks_for_a_gpu_gets_it(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["25", "1"]
+
+
+class Gated:
+    """Waits at one item until somebody opens the gate."""
+
+    def __init__(self, gate: Path) -> None:
+        self.gate = gate
+
+    def process(self, item: Mapping[str, Any]) -> dict[str, list[dict[str, object]]]:
+        while item["name"] == "b" and not self.gate.exists():
+            time.sleep(0.02)
+        return Worker().process({"name": item["name"].upper()})
+
+
+STALLED_RUN = """
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+import ray
+from pipeline.stage import run_stage
+from schemas.catalog import Lake
+from tests.pipeline.test_stage import Gated, items, stage
+ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR", address="local")
+gate = Path(sys.argv[2])
+def tell(done, total, note):
+    print(note, flush=True)
+    if " holds b " in note:
+        gate.touch()
+gated = replace(stage(), make_worker=partial(Gated, gate))
+print(run_stage(Lake(sys.argv[1]), gated, items("abc"), "run", 1, tell, stall_s=0.1).num_done)
+"""
+
+
+@pytest.mark.slow
+def test_a_stage_that_stands_still_says_who_holds_what(tmp_path: Path) -> None:
+    """The gate opens when the item that waits at it is named: without a watchdog this would never end."""
+    done = subprocess.run(
+        [sys.executable, "-c", STALLED_RUN, str(tmp_path / "lake"), str(tmp_path / "gate")],
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        cwd=CHECKOUT, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "3"
+    told = next(line for line in done.stdout.splitlines() if " holds b " in line)
+    assert re.fullmatch(r"no progress for \d+ s: worker \d+ on \S+ holds b since \d\d:\d\d:\d\d UTC", told)
