@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any, Generic, TypeVar
 
 from pipeline import score_motion, score_technical, score_text
+from pipeline.camera_motion import PairMotion
 from pipeline.detect_scenes import Step
 from pipeline.samples import Image, Sample, SampleSpec, shrunk, shrunk_size
 from schemas.scores import MOTION, TECHNICAL, TEXT
@@ -78,7 +79,7 @@ class ClipScorers:
         self._motion = score_motion.MotionScorer(motion)
         self._text = score_text.TextScorer(text)
         self._technical = score_technical.TechnicalScorer(technical)
-        self._flows: Measured[float | None] = Measured()
+        self._flows: Measured[PairMotion | None] = Measured()
         self._coverages: Measured[float] = Measured()
         self._values: Measured[score_technical.TechnicalValues] = Measured()
         self._last_motion: Sample | None = None

@@ -37,6 +37,15 @@ MOTION = _family(
     "Optical flow between samples. Paper: Emu3 report, appendix on video data.",
     _score("motion", "mean flow magnitude over all pixels and pairs, over the short edge; null below two samples"),
     _score("motion_max", "the largest pair's mean flow magnitude, over the short edge"),
+    _score(
+        "camera_motion", "mean magnitude of the shift, zoom and turn that fit most of the picture, over the short edge"
+    ),
+    _score("object_motion", "mean magnitude of what moves otherwise, over all pixels, over the short edge"),
+    _score("zoom", "growth of the picture from one sample to the next, 0.1 for a tenth nearer; mean of the pairs"),
+    _score(
+        "rotation_deg", "turn of the picture from one sample to the next, degrees counter-clockwise; mean of the pairs"
+    ),
+    _score("static_ratio", "share of the picture that moves by less than 1/500 of the short edge; mean of the pairs"),
     NUM_SAMPLES,
 )
 TEXT = _family(

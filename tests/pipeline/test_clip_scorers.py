@@ -99,7 +99,7 @@ def test_one_second_has_about_two_samples() -> None:
 
 
 def test_motion_across_a_cut_does_not_count() -> None:
-    before, after = np.full((64, 64, 3), 60, np.uint8), texture(1, 64, 64)
+    before, after = texture(2, 64, 64), texture(1, 64, 64)
     scorers = ClipScorers(MotionConfig(), TextConfig(), TechnicalConfig(), (64, 64))
     for index, image in enumerate([before, before, after, after]):
         scorers.see(index, index * 0.5, image, Step(starts_clip=index == 2))
