@@ -114,4 +114,5 @@ def _texture(grey: NDArray[np.uint8], cells: tuple[int, int]) -> NDArray[np.floa
     area = (TEXTURE_AREA, TEXTURE_AREA)
     variance = cv2.blur(np.square(small), area) - np.square(cv2.blur(small, area))
     nearest = cv2.resize(np.maximum(variance, 0), cells, interpolation=cv2.INTER_NEAREST)
-    return np.sqrt(nearest, dtype=np.float32)
+    deviation: NDArray[np.float32] = np.sqrt(nearest)
+    return deviation

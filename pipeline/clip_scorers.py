@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 from pipeline import score_motion, score_technical, score_text
 from pipeline.camera_motion import PairMotion
 from pipeline.detect_scenes import Step
-from pipeline.samples import Image, Sample, SampleSpec, shrunk, shrunk_size
+from pipeline.samples import Image, Sample, SampleSpec, shrunk_size, take_sample
 from schemas.scores import MOTION, TECHNICAL, TEXT
 
 GRID_TOLERANCE_S = 1e-6
@@ -83,14 +83,17 @@ class ClipScorers:
         self._coverages: Measured[float] = Measured()
         self._values: Measured[score_technical.TechnicalValues] = Measured()
         self._last_motion: Sample | None = None
+        self._last_technical: Sample | None = None
+        self._repeats = score_technical.RepeatedFrames()
         self._last: tuple[int, float, Image] | None = None
         self._candidates: OrderedDict[int, dict[SampleSpec, Sample]] = OrderedDict()
 
     def see(self, frame: int, seconds: float, image: Image, step: Step) -> None:
         """One frame at full size, BGR, and the cutter's word on it: measures whatever became due."""
+        self._repeats.see(image)
         for spec, grid in self._grids.items():
             if grid.is_due(seconds, restart=step.starts_clip):
-                self._measure(frame, {spec: Sample(shrunk(image, grid.size), seconds)}, spare=False)
+                self._measure(frame, {spec: take_sample(image, grid.size, seconds)}, spare=False)
         if step.starts_clip and step.dark and self._last is not None:
             self._measure(self._last[0], self._shrunk(*self._last[1:]), spare=True)
         for cut in step.late_cuts:
@@ -115,7 +118,7 @@ class ClipScorers:
                 self._measure(frame, self._candidates[frame], spare=True)
 
     def _shrunk(self, seconds: float, image: Image) -> dict[SampleSpec, Sample]:
-        return {spec: Sample(shrunk(image, grid.size), seconds) for spec, grid in self._grids.items()}
+        return {spec: take_sample(image, grid.size, seconds) for spec, grid in self._grids.items()}
 
     def _measure(self, frame: int, samples: dict[SampleSpec, Sample], *, spare: bool) -> None:
         for family, spec in self._specs.items():
@@ -125,7 +128,9 @@ class ClipScorers:
             if family == TEXT.name:
                 self._coverages.add(frame, self._text.coverage(sample.image), spare=spare)
             elif family == TECHNICAL.name:
-                self._values.add(frame, self._technical.measure(sample.image), spare=spare)
+                before = None if spare else self._last_technical
+                self._last_technical = self._last_technical if spare else sample
+                self._values.add(frame, self._technical.measure(sample, before), spare=spare)
             elif spare:
                 self._flows.add(frame, None, spare=True)  # spares are off the grid: no pair has the step between them
             else:
@@ -139,7 +144,10 @@ class ClipScorers:
         return {
             MOTION.name: asdict(score_motion.summarise(pairs, len(flows))),
             TEXT.name: asdict(score_text.summarise(self._coverages.within(start_frame, end_frame))),
-            TECHNICAL.name: score_technical.summarise(self._values.within(start_frame, end_frame)),
+            TECHNICAL.name: {
+                **score_technical.summarise(self._values.within(start_frame, end_frame)),
+                "repeated_ratio": self._repeats.ratio(start_frame, end_frame),
+            },
         }
 
 

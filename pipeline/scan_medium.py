@@ -129,7 +129,8 @@ def _scan_image(path: Path, config: ScanConfig) -> tuple[list[Span], list[dict[s
     span = Span(0, 1, 0, 0)
     scorers = _scorers(config, image)
     scorers.see(0, 0.0, image, Step())
-    return [span], [_scores(span, scorers, image, None)], "pillow", 1
+    bits = _bits_per_pixel(path, image, 1)
+    return [span], [_scores(span, scorers, image, None, bits)], "pillow", 1
 
 
 def _scan_video(path: Path, config: ScanConfig) -> tuple[list[Span], list[dict[str, Row]], str, int]:
@@ -147,7 +148,8 @@ def _scan_video(path: Path, config: ScanConfig) -> tuple[list[Span], list[dict[s
         if scorers is None:
             raise RowError("DecodeFailed", f"{path.name}: no frame decodes")
         spans = cutter.spans(reader.end_s)
-        scores = [_scores(span, scorers, first, (span.end_ms - span.start_ms) / 1000) for span in spans]
+        bits = _bits_per_pixel(path, first, cutter.num_frames)
+        scores = [_scores(span, scorers, first, (span.end_ms - span.start_ms) / 1000, bits) for span in spans]
         return spans, scores, reader.decoder, cutter.num_frames
 
 
@@ -155,7 +157,17 @@ def _scorers(config: ScanConfig, first: Image) -> ClipScorers:
     return ClipScorers(config.motion, config.text, config.technical, (first.shape[1], first.shape[0]))
 
 
-def _scores(span: Span, scorers: ClipScorers, first: Image, duration_s: float | None) -> dict[str, Row]:
+def _bits_per_pixel(path: Path, first: Image, num_frames: int) -> float | None:
+    """Bits of the whole file, sound and all, over the pixels of its frames. None where a user's decoder needs no file."""
+    num_pixels = first.shape[0] * first.shape[1] * num_frames
+    return path.stat().st_size * 8 / num_pixels if path.is_file() else None
+
+
+def _scores(
+    span: Span, scorers: ClipScorers, first: Image, duration_s: float | None, bits_per_pixel: float | None
+) -> dict[str, Row]:
     height, width = first.shape[:2]
     resolution = score_resolution.score_resolution(width, height, duration_s)
-    return {RESOLUTION.name: asdict(resolution), **scorers.scores(span.start_frame, span.end_frame)}
+    measured = scorers.scores(span.start_frame, span.end_frame)
+    technical = {**measured[TECHNICAL.name], "bits_per_pixel": bits_per_pixel}
+    return {RESOLUTION.name: asdict(resolution), **measured, TECHNICAL.name: technical}

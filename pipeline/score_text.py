@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pipeline.samples import Image, SampleSpec
+from pipeline.samples import Image, SampleSpec, block_means
 from schemas.errors import ConfigError
 from schemas.recipe import Config, short_hash
 
 STRIDE_PX = 32  # the network's sides are multiples of this
 NORMAL_MEAN = np.float32(0.5)
 NORMAL_STD = np.float32(0.5)
-BLOCK_PX = 8
 LINE_HEIGHT_PX = 48  # the recogniser's input
 LINE_WIDTH_PX = 320
 LINE_WIDTH_MAX_PX = 960
@@ -153,15 +152,6 @@ def _edges_along_rows(plane: NDArray[Any], step: int) -> int:
     rising, falling = change >= step, change <= -step
     begins = [side[:, 0] + (side[:, 1:] & ~side[:, :-1]).sum(axis=1) for side in (rising, falling)]
     return int((begins[0] + begins[1]).max())
-
-
-def block_means(image: Image) -> NDArray[np.uint8]:
-    """A picture -> mean colours of its blocks of 8 by 8 pixels: sensor noise is averaged away, a new letter is not."""
-    import cv2
-
-    height, width = image.shape[:2]
-    size = (max(1, width // BLOCK_PX), max(1, height // BLOCK_PX))
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)  # type: ignore[return-value]  # uint8 in, uint8 out
 
 
 def straightened(image: Image, corners: NDArray[np.float32]) -> Image:

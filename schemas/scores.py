@@ -57,7 +57,7 @@ TEXT = _family(
 )
 TECHNICAL = _family(
     "technical",
-    "Technical quality that needs no weights; medians over the samples.",
+    "Technical quality that needs no weights, inside bars; medians over the samples.",
     _score("sharpness", "variance of the Laplacian of luma at short edge 256 or less"),
     _score("luma_mean", "mean luma, 0 black to 1 white"),
     _score("luma_std", "standard deviation of luma, 0 to 0.5"),
@@ -65,6 +65,19 @@ TECHNICAL = _family(
     _score("colourfulness", "Hasler and Suesstrunk's measure, 0 grey to about 100 vivid"),
     _score("monochrome_ratio", "share of pixels without colour, 0 to 1"),
     _score("letterbox_ratio", "share of the picture inside uniform bars, 0 to 1"),
+    _score("blockiness", "steps across the grid of coding blocks over steps elsewhere at full size; 1 without a grid"),
+    _score("noise", "standard deviation of noise at full size, in grey levels of 255"),
+    _score(
+        "single_tone_ratio",
+        "share of pixels whose colour follows from their luma: grey, sepia and tinted pictures have 1",
+    ),
+    _score("active_left", "where the picture inside bars begins, share of the width"),
+    _score("active_top", "where the picture inside bars begins, share of the height"),
+    _score("active_right", "where the picture inside bars ends, share of the width"),
+    _score("active_bottom", "where the picture inside bars ends, share of the height"),
+    _score("frozen_ratio", "share of consecutive samples without any change; null below two samples"),
+    _score("repeated_ratio", "share of frames that repeat the frame before; null for images"),
+    _score("bits_per_pixel", "bits of the whole file over the pixels of all its frames"),
     NUM_SAMPLES,
 )
 

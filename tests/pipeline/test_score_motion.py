@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.camera_motion import PairMotion, fit_camera
 from pipeline.decode import open_video
-from pipeline.samples import Image, Sample, SampleSpec, shrunk, shrunk_size
+from pipeline.samples import Image, Sample, SampleSpec, shrunk_size, take_sample
 from pipeline.score_motion import MotionConfig, MotionScorer, summarise
 from tests.pipeline.made_media import shared_media, write_video
 
@@ -40,8 +40,12 @@ def noisy(picture: Image, seed: int, deviation: float = 2.0) -> Image:
     return np.clip(picture + np.random.default_rng(seed).normal(0, deviation, picture.shape), 0, 255).astype(np.uint8)
 
 
+def taken(picture: Image, seconds: float) -> Sample:
+    return take_sample(picture, (picture.shape[1], picture.shape[0]), seconds)
+
+
 def measure(before: Image, after: Image, step_s: float = 0.5) -> PairMotion:
-    return MotionScorer(MotionConfig()).pair(Sample(before, 0.0), Sample(after, step_s))
+    return MotionScorer(MotionConfig()).pair(taken(before, 0.0), taken(after, step_s))
 
 
 @pytest.mark.parametrize("blur", [1.0, 2.0, 4.0, 12.0])
@@ -146,7 +150,7 @@ def test_a_fit_outvotes_a_third_that_moves_otherwise() -> None:
 
 def test_the_same_bits_whatever_came_before_and_on_any_number_of_threads() -> None:
     picture = surface(3.0)
-    views = [Sample(view(picture, right, 0), index * 0.5) for index, right in enumerate((0, 3, 60, 61, 150, 150))]
+    views = [taken(view(picture, right, 0), index * 0.5) for index, right in enumerate((0, 3, 60, 61, 150, 150))]
     expected = [MotionScorer(MotionConfig()).pair(before, after) for before, after in pairwise(views)]
     before_threads = cv2.getNumThreads()
     try:
@@ -181,7 +185,7 @@ def pairs_of(path: Path, threads: int = 1) -> Iterator[PairMotion]:
         for frame in reader:
             if frame.seconds < due - 1e-6:
                 continue
-            sample = Sample(shrunk(frame.bgr(), size), frame.seconds)
+            sample = take_sample(frame.bgr(), size, frame.seconds)
             if last is not None:
                 yield scorer.pair(last, sample)
             last, due = sample, due + 0.5

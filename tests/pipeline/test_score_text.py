@@ -11,8 +11,8 @@ from PIL import ImageDraw, ImageFont
 
 from pipeline.decode import open_video
 from pipeline.read_image import read_image
-from pipeline.samples import Image, shrunk, shrunk_size
-from pipeline.score_text import TextConfig, TextScorer, block_means, model_path, most_edges, summarise
+from pipeline.samples import Image, block_means, shrunk, shrunk_size
+from pipeline.score_text import TextConfig, TextScorer, model_path, most_edges, summarise
 from schemas.errors import ConfigError
 from tests.pipeline.made_media import shared_media, texture
 
