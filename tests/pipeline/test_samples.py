@@ -30,7 +30,7 @@ def test_shrinking_by_halves_is_near_the_mean_over_areas(size: tuple[int, int]) 
     target = shrunk_size(*size, 256)
     direct = cv2.resize(picture, target, interpolation=cv2.INTER_AREA)
     halved = shrunk(np.asarray(picture, np.uint8), target)
-    assert cv2.absdiff(halved, direct).mean() < 0.03 * direct.std() + 0.3
+    assert cv2.absdiff(halved, direct).mean() < 1  # rounding, once a halving
 
 
 def test_the_middle_lies_on_whole_blocks() -> None:
