@@ -80,7 +80,7 @@ class ClipScorers:
         self._text = score_text.TextScorer(text)
         self._technical = score_technical.TechnicalScorer(technical)
         self._flows: Measured[PairMotion | None] = Measured()
-        self._coverages: Measured[float] = Measured()
+        self._coverages: Measured[score_text.SampleCoverage] = Measured()
         self._values: Measured[score_technical.TechnicalValues] = Measured()
         self._last_motion: Sample | None = None
         self._last_technical: Sample | None = None
@@ -126,7 +126,8 @@ class ClipScorers:
                 continue
             sample = samples[spec]
             if family == TEXT.name:
-                self._coverages.add(frame, self._text.coverage(sample.image), spare=spare)
+                coverage = score_text.SampleCoverage(sample.seconds, self._text.coverage(sample.image))
+                self._coverages.add(frame, coverage, spare=spare)
             elif family == TECHNICAL.name:
                 before = None if spare else self._last_technical
                 self._last_technical = self._last_technical if spare else sample

@@ -22,6 +22,10 @@ def _score(name: str, doc: str) -> Column:
     return Column(name, pa.float32(), doc, nullable=True)
 
 
+def _per_sample(name: str, doc: str) -> Column:
+    return Column(name, pa.list_(pa.float32()), doc, nullable=True)
+
+
 NUM_SAMPLES = Column("num_samples", pa.int32(), "frames the score rests on")
 
 RESOLUTION = _family(
@@ -53,6 +57,8 @@ TEXT = _family(
     "Share of the picture inside text polygons.",
     _score("text_coverage_max", "largest share over the samples, 0 to 1"),
     _score("text_coverage_mean", "mean share over the samples, 0 to 1"),
+    _per_sample("sample_s", "when each sample is shown, seconds after the first frame of the medium"),
+    _per_sample("sample_text_coverage", "share inside text polygons of each sample, 0 to 1"),
     NUM_SAMPLES,
 )
 TECHNICAL = _family(
