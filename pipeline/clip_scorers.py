@@ -78,6 +78,7 @@ class ClipScorers:
         self._grids = {spec: Grid(spec, *size) for spec in self._specs.values()}
         self._motion = score_motion.MotionScorer(motion)
         self._text = score_text.TextScorer(text)
+        self._text_present_min = text.present_min
         self._technical = score_technical.TechnicalScorer(technical)
         self._flows: Measured[PairMotion | None] = Measured()
         self._coverages: Measured[score_text.SampleCoverage] = Measured()
@@ -144,7 +145,9 @@ class ClipScorers:
         pairs = [flow for flow in flows[1:] if flow is not None]  # the first pair reaches into the clip before
         return {
             MOTION.name: asdict(score_motion.summarise(pairs, len(flows))),
-            TEXT.name: asdict(score_text.summarise(self._coverages.within(start_frame, end_frame))),
+            TEXT.name: asdict(
+                score_text.summarise(self._coverages.within(start_frame, end_frame), self._text_present_min)
+            ),
             TECHNICAL.name: {
                 **score_technical.summarise(self._values.within(start_frame, end_frame)),
                 "repeated_ratio": self._repeats.ratio(start_frame, end_frame),

@@ -11,11 +11,11 @@ from pipeline.picture_noise import blockiness, noise_deviation
 from pipeline.samples import Image, Sample, SampleSpec, block_means
 from schemas.recipe import Config, short_hash
 
-REPEAT_LINES = 64  # rows of a frame that are compared with those of the frame before
+REPEAT_LINES, REPEAT_COLUMNS = 64, 320  # pixels of a frame that are compared with those of the frame before
 REPEAT_RUN_PX = 8
 REPEAT_TOLERANCE = 8  # change of a run's colour: what coders refine in a frame they repeat
 RIM_SHARE = 32  # of each side; edges of frames and bars are sharp in the softest film
-TONE_ROUNDS = 5
+TONE_ROUNDS = 3
 Lines = list[NDArray[np.int16]]
 """The lowest, the highest and the mean luma of every row, or of every column, of a picture."""
 
@@ -84,6 +84,7 @@ class TechnicalScorer:
 
     def __init__(self, config: TechnicalConfig) -> None:
         self._config = config
+        self._last_blocks: tuple[Sample, Image] | None = None  # of the sample that is the next one's `before`
 
     def measure(self, sample: Sample, before: Sample | None) -> TechnicalValues:
         """A sample, and the one before if any -> its values."""
@@ -116,7 +117,7 @@ class TechnicalScorer:
             active_top=area.top / height,
             active_right=area.right / width,
             active_bottom=area.bottom / height,
-            frozen=None if before is None else float(self._is_frozen(before.image, sample.image)),
+            frozen=None if before is None else float(self._is_frozen(before, sample)),
         )
 
     def _active_area(self, luma: NDArray[np.uint8]) -> Area:
@@ -127,9 +128,9 @@ class TechnicalScorer:
 
         height, width = luma.shape
         lines: list[Lines] = []
-        for axis in (0, 1):
-            kinds = (cv2.REDUCE_MIN, cv2.REDUCE_MAX, cv2.REDUCE_AVG)
-            lines.append([cv2.reduce(luma, axis, kind).ravel().astype(np.int16) for kind in kinds])
+        for axis in (0, 1):  # along columns, then along rows
+            means = cv2.reduce(luma, axis, cv2.REDUCE_AVG).ravel()
+            lines.append([values.astype(np.int16) for values in (luma.min(axis=axis), luma.max(axis=axis), means)])
         across, down = (min(self._bar(side), self._bar([part[::-1] for part in side])) for side in lines)
         area = Area(across, down, width - across, height - down)
         inside = max(0, area.right - area.left) * max(0, area.bottom - area.top)
@@ -143,11 +144,14 @@ class TechnicalScorer:
         outside = np.flatnonzero(~((highest <= self._config.bar_luma_max) & even & level))
         return int(outside[0]) if outside.size else len(mean)
 
-    def _is_frozen(self, before: Image, after: Image) -> bool:
+    def _is_frozen(self, before: Sample, after: Sample) -> bool:
         import cv2
 
-        change = cv2.absdiff(block_means(before), block_means(after)).max()
-        return int(change) <= self._config.frozen_tolerance
+        known, blocks = self._last_blocks or (None, None)
+        old = blocks if blocks is not None and known is before else block_means(before.image)
+        new = block_means(after.image)
+        self._last_blocks = after, new
+        return old.shape == new.shape and int(cv2.absdiff(old, new).max()) <= self._config.frozen_tolerance
 
 
 class RepeatedFrames:
@@ -158,10 +162,11 @@ class RepeatedFrames:
         self._is_repeat = bytearray()
 
     def see(self, image: Image) -> None:
-        """The next frame, BGR at full size."""
+        """The next frame, BGR at full size, or a smaller picture of it, all of one size."""
         import cv2
 
-        lines = image[:: max(1, image.shape[0] // REPEAT_LINES)].copy()
+        down, right = max(1, image.shape[0] // REPEAT_LINES), max(1, image.shape[1] // REPEAT_COLUMNS)
+        lines = image[::down, ::right].copy()
         repeats = False
         if self._last is not None and self._last.shape == lines.shape:
             change = cv2.blur(cv2.absdiff(self._last, lines), (REPEAT_RUN_PX, 1))

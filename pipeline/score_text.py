@@ -48,6 +48,7 @@ class TextConfig(Config):
     edges_min: int = Field(6, ge=0)  # ours: two to a stroke, three strokes to the shortest word; 0 looks everywhere
     still_tolerance: int = Field(8, ge=0, le=255)  # ours: change of a block's colour that leaves it the same
     waits: int = Field(1, ge=0)  # ours: samples not looked at after one without text
+    present_min: float = Field(0.015, ge=0, le=1)  # ours, measured (docs/experiments/text.md): less is mostly no text
     scene_change: float = Field(32.0, ge=0)  # ours: mean change of colours that ends such a wait
 
     @property
@@ -70,6 +71,7 @@ class TextScores:
 
     text_coverage_max: float | None
     text_coverage_mean: float | None
+    text_ratio: float | None
     sample_s: list[float]
     sample_text_coverage: list[float]
     num_samples: int
@@ -172,12 +174,15 @@ def covered_share(polygons: Sequence[Polygon], image: Image) -> float:
     return float(inside.mean(dtype=np.float64))
 
 
-def summarise(values: Sequence[SampleCoverage]) -> TextScores:
-    """Every sample of one clip, in order -> its scores."""
+def summarise(values: Sequence[SampleCoverage], present_min: float) -> TextScores:
+    """Every sample of one clip, in order -> its scores. `present_min` is the coverage from which a sample has text."""
     seconds, coverages = [value.seconds for value in values], [value.coverage for value in values]
     if not values:
-        return TextScores(None, None, [], [], 0)
-    return TextScores(max(coverages), float(np.mean(coverages)), seconds, coverages, len(values))
+        return TextScores(None, None, None, [], [], 0)
+    present = [coverage >= present_min for coverage in coverages]
+    return TextScores(
+        max(coverages), float(np.mean(coverages)), float(np.mean(present)), seconds, coverages, len(values)
+    )
 
 
 def _change(before: Image, after: Image) -> NDArray[np.uint8]:

@@ -57,6 +57,7 @@ TEXT = _family(
     "Share of the picture inside text polygons.",
     _score("text_coverage_max", "largest share over the samples, 0 to 1"),
     _score("text_coverage_mean", "mean share over the samples, 0 to 1"),
+    _score("text_ratio", "share of the samples with text, 0 to 1"),
     _per_sample("sample_s", "when each sample is shown, seconds after the first frame of the medium"),
     _per_sample("sample_text_coverage", "share inside text polygons of each sample, 0 to 1"),
     NUM_SAMPLES,

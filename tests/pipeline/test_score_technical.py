@@ -196,10 +196,11 @@ def test_frozen_pictures() -> None:
     assert measure(moved, picture).frozen == measure(np.roll(picture, 2, axis=1), picture).frozen == 0.0
 
 
-def test_repeated_frames() -> None:
-    repeated = RepeatedFrames()
+@pytest.mark.parametrize("size", [(128, 72), (320, 180), (1280, 720)])
+def test_repeated_frames(size: tuple[int, int]) -> None:
+    repeated, picture = RepeatedFrames(), detailed(0, *size)
     for index in range(24):
-        repeated.see(np.roll(detailed(0, 320, 180), index // 4 * 3, axis=1))
+        repeated.see(np.roll(picture, index // 4 * 3, axis=1))
     assert repeated.ratio(0, 24) == pytest.approx(18 / 23)
     assert repeated.ratio(0, 4) == 1.0
     assert repeated.ratio(3, 5) == 0.0

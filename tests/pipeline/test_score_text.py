@@ -9,6 +9,7 @@ import pytest
 from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
 
+from benchmarks.text import samples, text_frames
 from pipeline.decode import open_video
 from pipeline.read_image import read_image
 from pipeline.samples import Image, block_means, shrunk, shrunk_size
@@ -143,10 +144,11 @@ def test_a_small_line_changes_the_blocks() -> None:
 
 
 def test_clip_scores() -> None:
-    scores = summarise([SampleCoverage(0.0, 0.0), SampleCoverage(0.5, 0.2), SampleCoverage(1.0, 0.1)])
+    scores = summarise([SampleCoverage(0.0, 0.0), SampleCoverage(0.5, 0.2), SampleCoverage(1.0, 0.1)], 0.1)
     assert (scores.text_coverage_max, scores.text_coverage_mean, scores.num_samples) == (0.2, pytest.approx(0.1), 3)
     assert (scores.sample_s, scores.sample_text_coverage) == ([0.0, 0.5, 1.0], [0.0, 0.2, 0.1])
-    assert summarise([]).text_coverage_max is None
+    assert scores.text_ratio == pytest.approx(2 / 3)
+    assert summarise([], 0.1).text_coverage_max is None
 
 
 def test_a_model_that_is_not_there() -> None:
@@ -196,6 +198,23 @@ def test_real_pages_of_text(scorer: TextScorer, file: str) -> None:
 @pytest.mark.parametrize("file", ["mdn_larch.jpg", "wall_Ashim_DSilva.jpg", "ski_coins.png", "red_panda_10mp.jpg"])
 def test_real_photographs(scorer: TextScorer, file: str) -> None:
     assert scorer.coverage(sample(read_image(shared_media() / "image" / file).bgr)) < 0.02
+
+
+@pytest.mark.slow
+def test_real_videos_with_and_without_text() -> None:
+    config = TextConfig()
+    told = [0, 0, 0]
+    for path, stretches in text_frames(shared_media() / "expected.json").items():
+        scorer = TextScorer(config)
+        for taken in samples(path, stretches, config.samples.short_edge_px):
+            found = scorer.coverage(taken.image) >= config.present_min
+            told = [
+                count + one for count, one in zip(told, (found and taken.has_text, found, taken.has_text), strict=True)
+            ]
+    right, num_found, num_true = told
+    assert num_true > 200
+    assert right / num_true >= 0.9
+    assert right / num_found >= 0.9
 
 
 @pytest.mark.parametrize("size_px", [9, 14, 24, 60])
