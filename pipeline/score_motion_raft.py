@@ -20,9 +20,9 @@ from schemas.recipe import Config, short_hash
 
 STRIDE_PX = 8  # sides that RAFT takes are multiples of this
 LEAST_SIDE_PX = 128  # the coarsest of its correlation volumes would be empty below
-PUBLISHED = {
-    "large": "https://download.pytorch.org/models/raft_large_C_T_SKHT_V2-ff5fadd5.pth",
-    "small": "https://download.pytorch.org/models/raft_small_C_T_V2-01064c6d.pth",
+PUBLISHED = {  # in torchvision.models.optical_flow
+    "large": "raft_large_C_T_SKHT_V2-ff5fadd5.pth, whose address is Raft_Large_Weights.C_T_SKHT_V2.url",
+    "small": "raft_small_C_T_V2-01064c6d.pth, whose address is Raft_Small_Weights.C_T_V2.url",
 }
 
 Pairs = NDArray[np.uint8]
@@ -99,8 +99,8 @@ class Raft:
             self._model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as error:  # whatever the file makes them raise
             raise ConfigError(
-                f"{path} is no state dict of torchvision's raft_{config.size} ({type(error).__name__}: {error}). Expected the "
-                f"file of {PUBLISHED[config.size]}"
+                f"{path} is no state dict of torchvision's raft_{config.size} ({type(error).__name__}: {error}). Expected is "
+                f"{PUBLISHED[config.size]} in torchvision.models.optical_flow"
             ) from error
         self._model.eval().to(self._device)
 
@@ -123,8 +123,8 @@ def weights_of(config: RaftConfig) -> Path:
         return config.weights
     found = "no weights are named" if config.weights is None else f"{config.weights} is no file"
     raise ConfigError(
-        f"motion_raft needs the weights of raft_{config.size}: {found}. Download {PUBLISHED[config.size]} and give its path "
-        "as `weights`; without them `outback scan` measures motion by DIS."
+        f"motion_raft needs the weights of raft_{config.size}: {found}. Download {PUBLISHED[config.size]} in "
+        "torchvision.models.optical_flow, and give its path as `weights`; without them `outback scan` measures motion by DIS."
     )
 
 
