@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torchvision.models.optical_flow import raft_small
+from torchvision.models.optical_flow import Raft_Large_Weights, Raft_Small_Weights, raft_small
 
 from pipeline.camera_motion import STILL
 from pipeline.samples import Sample, take_sample
 from pipeline.score_motion import summarise
-from pipeline.score_motion_raft import Pairs, Raft, RaftConfig, RaftScorer
+from pipeline.score_motion_raft import PUBLISHED, Pairs, Raft, RaftConfig, RaftScorer
 from schemas.errors import ConfigError
 from tests.pipeline.test_score_motion import HEIGHT, WIDTH, surface, view
 
@@ -110,10 +110,14 @@ def test_the_id_names_the_weights(weights: Path, tmp_path: Path) -> None:
 def test_without_weights(tmp_path: Path) -> None:
     for config in (RaftConfig(), RaftConfig(weights=tmp_path / "none.pth")):
         for use in (Raft, lambda config: config.scorer_id):
-            with pytest.raises(
-                ConfigError, match=r"raft_large.*https://download.pytorch.org/models/raft_large_C_T_SKHT_V2"
-            ):
+            with pytest.raises(ConfigError, match=r"raft_large.*raft_large_C_T_SKHT_V2-ff5fadd5\.pth.*`weights`"):
                 use(config)
+
+
+def test_the_files_that_are_named_are_those_of_torchvision() -> None:
+    for name, weights in (("large", Raft_Large_Weights.C_T_SKHT_V2), ("small", Raft_Small_Weights.C_T_V2)):
+        assert PUBLISHED[name].startswith(weights.url.rpartition("/")[2])
+        assert f"{type(weights).__name__}.{weights.name}.url" in PUBLISHED[name]
 
 
 def test_files_that_are_not_the_weights(weights: Path, tmp_path: Path) -> None:
