@@ -20,9 +20,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 from pipeline import score_motion, score_technical, score_text
+from pipeline.camera_motion import PairMotion
 from pipeline.decode import Frame
 from pipeline.detect_scenes import FrameNumbers
-from pipeline.samples import Sample, SampleSpec, shrunk, shrunk_size
+from pipeline.samples import Sample, SampleSpec, shrunk_size, take_sample
 from schemas.scores import MOTION, TECHNICAL, TEXT
 
 GRID_TOLERANCE_S = 1e-6
@@ -106,7 +107,7 @@ class Picker:
         self._pending = None
 
     def _sample(self, frame: Frame) -> Sample:
-        return Sample(shrunk(frame.bgr(), self._size), frame.seconds)
+        return take_sample(frame.bgr(), self._size, frame.seconds)
 
 
 def grid_point(seconds: float, fps: float) -> int:
@@ -177,9 +178,9 @@ class Measurements:
     regular sample in a clip since the start of the clip, by frame of the start, with the frame of the sample.
     """
 
-    flows: ByFrame[float | None] = field(default_factory=ByFrame)
-    start_flows: ByFrame[tuple[int, float]] = field(default_factory=ByFrame)
-    coverages: Measured[float] = field(default_factory=Measured)
+    flows: ByFrame[PairMotion | None] = field(default_factory=ByFrame)
+    start_flows: ByFrame[tuple[int, PairMotion]] = field(default_factory=ByFrame)
+    coverages: Measured[score_text.SampleCoverage] = field(default_factory=Measured)
     technical: Measured[score_technical.TechnicalValues] = field(default_factory=Measured)
 
     def add(self, later: "Measurements", offset: int) -> None:
@@ -190,16 +191,16 @@ class Measurements:
         self.coverages.add(later.coverages, offset)
         self.technical.add(later.technical, offset)
 
-    def scores(self, start_frame: int, end_frame: int) -> dict[str, dict[str, Any]]:
+    def scores(self, start_frame: int, end_frame: int, text: score_text.TextConfig) -> dict[str, dict[str, Any]]:
         """Frames [start, end) of one clip -> score table -> its columns, but for clip and scorer."""
         pairs, num_samples = self._pairs(start_frame, end_frame)
         return {
             MOTION.name: asdict(score_motion.summarise(pairs, num_samples)),
-            TEXT.name: asdict(score_text.summarise(self.coverages.within(start_frame, end_frame))),
+            TEXT.name: asdict(score_text.summarise(self.coverages.within(start_frame, end_frame), text.present_min)),
             TECHNICAL.name: score_technical.summarise(self.technical.within(start_frame, end_frame)),
         }
 
-    def _pairs(self, start: int, end: int) -> tuple[list[float], int]:
+    def _pairs(self, start: int, end: int) -> tuple[list[PairMotion], int]:
         """Motion of the pairs inside a clip, and how many samples they are of."""
         inside = self.flows.between(start, end)
         pairs = [flow for flow in inside[1:] if flow is not None]  # the first reaches into the clip before
@@ -225,6 +226,7 @@ class ClipScorers:
         self._text = score_text.TextScorer(text)
         self._technical = score_technical.TechnicalScorer(technical)
         self._last_motion: Sample | None = None
+        self._last_technical: Sample | None = None
         self._period = 0
         self.measurements = Measurements()
 
@@ -249,13 +251,20 @@ class ClipScorers:
     def _lead_in(self, spec: SampleSpec, pick: Pick) -> None:
         if pick.kind == "regular" and spec == self._specs[MOTION.name]:
             self._last_motion = pick.sample
+        if pick.kind == "regular" and spec == self._specs[TECHNICAL.name]:
+            self._last_technical = pick.sample
 
     def _measure(self, spec: SampleSpec, pick: Pick) -> None:
         found = self.measurements
         if spec == self._specs[TEXT.name]:
-            found.coverages.put(pick, self._text_of(pick).coverage(pick.sample.image))
+            coverage = self._text_of(pick).coverage(pick.sample.image)
+            found.coverages.put(pick, score_text.SampleCoverage(pick.sample.seconds, coverage))
         if spec == self._specs[TECHNICAL.name]:
-            found.technical.put(pick, self._technical.measure(pick.sample.image))
+            is_regular = pick.kind == "regular"
+            found.technical.put(
+                pick, self._technical.measure(pick.sample, self._last_technical if is_regular else None)
+            )
+            self._last_technical = pick.sample if is_regular else self._last_technical
         if spec == self._specs[MOTION.name] and pick.kind == "regular":
             before, self._last_motion = self._last_motion, pick.sample
             found.flows.put(pick.frame, self._motion.pair(before, pick.sample) if before else None)

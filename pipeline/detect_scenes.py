@@ -49,13 +49,15 @@ class FrameNumbers:
     """What cuts are decided by. `score` is the change since the last frame and `mean` the brightness, both 0 to 255;
     None where a frame is not analysed, because its size is not that of the first.
 
-    `candidate`: the score reaches the threshold of cuts. `dark`: the mean is below the threshold of fades.
+    `candidate`: the score reaches the threshold of cuts. `dark`: the mean is below the threshold of fades. `repeats`: the
+    frame shows the same as the last one, which no cut is decided by.
     """
 
     score: float | None
     mean: float | None
     candidate: bool = False
     dark: bool = False
+    repeats: bool = False
 
 
 class SceneCutter:

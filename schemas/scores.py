@@ -22,6 +22,10 @@ def _score(name: str, doc: str) -> Column:
     return Column(name, pa.float32(), doc, nullable=True)
 
 
+def _per_sample(name: str, doc: str) -> Column:
+    return Column(name, pa.list_(pa.float32()), doc, nullable=True)
+
+
 NUM_SAMPLES = Column("num_samples", pa.int32(), "frames the score rests on")
 
 RESOLUTION = _family(
@@ -37,6 +41,15 @@ MOTION = _family(
     "Optical flow between samples. Paper: Emu3 report, appendix on video data.",
     _score("motion", "mean flow magnitude over all pixels and pairs, over the short edge; null below two samples"),
     _score("motion_max", "the largest pair's mean flow magnitude, over the short edge"),
+    _score(
+        "camera_motion", "mean magnitude of the shift, zoom and turn that fit most of the picture, over the short edge"
+    ),
+    _score("object_motion", "mean magnitude of what moves otherwise, over all pixels, over the short edge"),
+    _score("zoom", "growth of the picture from one sample to the next, 0.1 for a tenth nearer; mean of the pairs"),
+    _score(
+        "rotation_deg", "turn of the picture from one sample to the next, degrees counter-clockwise; mean of the pairs"
+    ),
+    _score("static_ratio", "share of the picture that moves by less than 1/500 of the short edge; mean of the pairs"),
     NUM_SAMPLES,
 )
 TEXT = _family(
@@ -44,11 +57,14 @@ TEXT = _family(
     "Share of the picture inside text polygons.",
     _score("text_coverage_max", "largest share over the samples, 0 to 1"),
     _score("text_coverage_mean", "mean share over the samples, 0 to 1"),
+    _score("text_ratio", "share of the samples with text, 0 to 1"),
+    _per_sample("sample_s", "when each sample is shown, seconds after the first frame of the medium"),
+    _per_sample("sample_text_coverage", "share inside text polygons of each sample, 0 to 1"),
     NUM_SAMPLES,
 )
 TECHNICAL = _family(
     "technical",
-    "Technical quality that needs no weights; medians over the samples.",
+    "Technical quality that needs no weights, inside bars; medians over the samples.",
     _score("sharpness", "variance of the Laplacian of luma at short edge 256 or less"),
     _score("luma_mean", "mean luma, 0 black to 1 white"),
     _score("luma_std", "standard deviation of luma, 0 to 0.5"),
@@ -56,6 +72,19 @@ TECHNICAL = _family(
     _score("colourfulness", "Hasler and Suesstrunk's measure, 0 grey to about 100 vivid"),
     _score("monochrome_ratio", "share of pixels without colour, 0 to 1"),
     _score("letterbox_ratio", "share of the picture inside uniform bars, 0 to 1"),
+    _score("blockiness", "steps across the grid of coding blocks over steps elsewhere at full size; 1 without a grid"),
+    _score("noise", "standard deviation of noise at full size, in grey levels of 255"),
+    _score(
+        "single_tone_ratio",
+        "share of pixels whose colour follows from their luma: grey, sepia and tinted pictures have 1",
+    ),
+    _score("active_left", "where the picture inside bars begins, share of the width"),
+    _score("active_top", "where the picture inside bars begins, share of the height"),
+    _score("active_right", "where the picture inside bars ends, share of the width"),
+    _score("active_bottom", "where the picture inside bars ends, share of the height"),
+    _score("frozen_ratio", "share of consecutive samples without any change; null below two samples"),
+    _score("repeated_ratio", "share of frames that repeat the frame before; null for images"),
+    _score("bits_per_pixel", "bits of the whole file over the pixels of all its frames"),
     NUM_SAMPLES,
 )
 
