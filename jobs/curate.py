@@ -205,8 +205,15 @@ class _Scored:
 
 def _evaluate(lake: Lake, recipe: CurateRecipe) -> _Evaluation:
     rules = rules_of(recipe)
-    scored = _read_scored(lake, recipe, rules)
+    empty = _empty_families(lake, rules)
+    scored = _read_scored(lake, recipe, rules, set(empty))
     first = first_rejections(rules, scored.clips)
+    for table in empty.values():  # which is no lack while no verdict hangs on it
+        if num_open := int(undecided(rules, scored.clips, scored.absent, table.name, first).sum()):
+            raise ConfigError(
+                f"{table.name} is empty, and by this recipe the verdict on {num_open} clips hangs on it. "
+                f"{how_to_fill(table)} first"
+            )
     clips, *scores = scored.inputs
     missing = {item.table.name: _check_coverage(item, recipe.coverage, rules, scored, first) for item in scores}
     pins = {item.table.name.removeprefix("score_"): item.pinned[1] for item in scores}
@@ -228,11 +235,15 @@ def undecided_clips(lake: Lake, recipe: CurateRecipe, family: Table) -> pa.Chunk
     rules = rules_of(recipe)
     if not any(family.name in rule.families for rule in rules):
         raise ConfigError(f"the recipe has no rule that reads {family.name}: it leaves nothing to score for it")
-    unread = {rule.family.name for rule in asked(rules) if rule.name != SPLIT and not lake.facts(rule.family).num_rows}
-    scored = _read_scored(lake, recipe, rules, unread | {family.name})
+    scored = _read_scored(lake, recipe, rules, {*_empty_families(lake, rules), family.name})
     first = first_rejections(rules, scored.clips, scored.absent)
     mask = undecided(rules, scored.clips, scored.absent, family.name, first)
     return scored.clips["clip_id"].filter(pa.array(mask)).sort()
+
+
+def _empty_families(lake: Lake, rules: Sequence[Rule]) -> dict[str, Table]:
+    families = {rule.family.name: rule.family for rule in asked(rules) if rule.name != SPLIT}
+    return {name: table for name, table in families.items() if lake.snapshot_id(table) is None}
 
 
 def _read_scored(lake: Lake, recipe: CurateRecipe, rules: Sequence[Rule], unread: Collection[str] = ()) -> _Scored:

@@ -76,8 +76,7 @@ class ScoreReader:
         """The rows of one producer: the one the recipe names, or else the only one there is."""
         uuid, snapshot_id = self.lake.uuid(table), self.lake.snapshot_id(table)
         if uuid is None or snapshot_id is None:
-            asking = "" if table is CLIPS else ", and the recipe has a rule that asks for it"
-            raise ConfigError(f"{table.name} is empty{asking}. {how_to_fill(table)} first")
+            raise ConfigError(f"{table.name} is empty. {how_to_fill(table)} first")
         by = table.key[1]
         encoded = [by, "kind"] if table is CLIPS else [by]
         rows = self.lake.read(table, ["clip_id", by, *columns], at=snapshot_id, encoded=encoded)
