@@ -137,7 +137,8 @@ def read_set(lake: Lake, name: str) -> pa.Table:
                 f"set {name!r} was made from another table {table.name}, which has been dropped and remade"
             )
     ids = _members(lake, row["curated_id"], pins[CURATED.name]["snapshot_id"])
-    segmentation_id = set_recipe(lake, name).segmentation_id
+    recipes = lake.read_where(RECIPES, "recipe_id", [row["recipe_id"]], ["recipe"])
+    segmentation_id = json.loads(recipes["recipe"][0].as_py())["segmentation_id"]
     columns = CLIPS.content_columns
     clips = lake.read(CLIPS, columns, at=pins[CLIPS.name]["snapshot_id"])
     wanted = pc.and_(

@@ -72,7 +72,7 @@ def read_scored(lake: Lake, recipe: CurateRecipe, rules: Sequence[Rule], unread:
     reader = _Reader(lake, recipe)
     clips = reader.clips()
     joined = pa.table({"clip_id": clips.ids.found, "kind": clips.rows["kind"].combine_chunks()})
-    if recipe.split is not None:
+    if any(rule.name == SPLIT for rule in asked(rules)):
         joined = joined.append_column(SPLIT, split_of(joined["clip_id"]))
     inputs, absent = [clips], {}
     scores = [rule for rule in asked(rules) if rule.name != SPLIT]
@@ -156,9 +156,8 @@ class _Reader:
             if ids.found.equals(found):
                 return ids
         whole = found.combine_chunks()
-        found = (
-            whole if isinstance(whole, pa.ChunkedArray) else pa.chunked_array([whole])
-        )  # beyond 2 GiB chunks stay apart
+        if isinstance(whole, pa.Array):  # beyond 2 GiB chunks stay apart
+            found = pa.chunked_array([whole])
         self.known.append(_Ids(found, self.beside.submit(_in_order, found)))
         return self.known[-1]
 
