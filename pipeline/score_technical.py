@@ -11,7 +11,7 @@ from pipeline.picture_noise import blockiness, noise_deviation
 from pipeline.samples import Image, Sample, SampleSpec, block_means
 from schemas.recipe import Config, short_hash
 
-REPEAT_LINES, REPEAT_COLUMNS = 64, 320  # pixels of a frame that are compared with those of the frame before
+REPEAT_LINES, REPEAT_COLUMNS = 64, 256  # pixels of a frame that are compared with those of the frame before
 REPEAT_RUN_PX = 8
 REPEAT_TOLERANCE = 8  # change of a run's colour: what coders refine in a frame they repeat
 RIM_SHARE = 32  # of each side; edges of frames and bars are sharp in the softest film
@@ -165,8 +165,8 @@ class RepeatedFrames:
         """The next frame, BGR at full size, or a smaller picture of it, all of one size."""
         import cv2
 
-        down, right = max(1, image.shape[0] // REPEAT_LINES), max(1, image.shape[1] // REPEAT_COLUMNS)
-        lines = image[::down, ::right].copy()
+        size = min(image.shape[1], REPEAT_COLUMNS), min(image.shape[0], REPEAT_LINES)
+        lines: Image = cv2.resize(image, size, interpolation=cv2.INTER_NEAREST)  # type: ignore[assignment]  # uint8
         repeats = False
         if self._last is not None and self._last.shape == lines.shape:
             change = cv2.blur(cv2.absdiff(self._last, lines), (REPEAT_RUN_PX, 1))
