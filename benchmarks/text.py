@@ -6,7 +6,8 @@ TRUTH is a JSON file beside the folders of its videos. Under `videos` each name 
 the frames it is on as FIRST..LAST where it is not on all; under `derived` some have `text_frames`, [first, after the last].
 Samples are taken at 2 fps. A sample has text where its coverage is above a bound; recall and precision are over all samples.
 Ways: `whole` looks at all of every sample that is not the very same; `changed` where it changed; `waiting` and `patient` leave
-out one or two samples after one without text. Costs are CPU milliseconds a sample on one thread, beside decoding and converting all frames of the same videos.
+out one or two samples after one without text. Costs are CPU milliseconds a sample on one thread, beside decoding and
+converting all frames of the same videos.
 """
 
 import argparse

@@ -167,16 +167,21 @@ class RepeatedFrames:
 
         size = min(image.shape[1], REPEAT_COLUMNS), min(image.shape[0], REPEAT_LINES)
         lines: Image = cv2.resize(image, size, interpolation=cv2.INTER_NEAREST)  # type: ignore[assignment]  # uint8
-        repeats = False
-        if self._last is not None and self._last.shape == lines.shape:
-            change = cv2.blur(cv2.absdiff(self._last, lines), (REPEAT_RUN_PX, 1))
-            repeats = int(change.max()) <= REPEAT_TOLERANCE
-        self._is_repeat.append(repeats)
+        self._is_repeat.append(self._last is not None and is_repeat(self._last, lines))
         self._last = lines
 
     def ratio(self, start: int, end: int) -> float | None:
         """Frames [start, end) of one clip -> share of them, but for the first, that repeat the one before."""
         return sum(self._is_repeat[start + 1 : end]) / (end - start - 1) if end - start > 1 else None
+
+
+def is_repeat(before: Image, after: Image) -> bool:
+    """Two small pictures of frames -> whether they show the same, but for what a coder refines."""
+    import cv2
+
+    if before.shape != after.shape:
+        return False
+    return int(cv2.blur(cv2.absdiff(before, after), (REPEAT_RUN_PX, 1)).max()) <= REPEAT_TOLERANCE
 
 
 def sharpness(luma: NDArray[np.uint8]) -> float:
