@@ -18,14 +18,16 @@ import numpy as np
 
 from pipeline.camera_motion import pair_motion
 from pipeline.decode import open_video
+from pipeline.detect_scenes import SegmentationConfig
+from pipeline.frame_meter import FrameMeter
 from pipeline.picture_noise import blockiness, noise_deviation
 from pipeline.samples import Sample, SampleSpec, shrunk_size, take_sample
 from pipeline.score_motion import MotionConfig, MotionScorer
-from pipeline.score_technical import RepeatedFrames, TechnicalConfig, TechnicalScorer
+from pipeline.score_technical import TechnicalConfig, TechnicalScorer
 from pipeline.score_text import TextConfig, TextScorer
 from schemas.errors import RowError
 
-PARTS = ("decoding", "conversion", "samples", "repeated frames", "motion", "technical", "text")
+PARTS = ("decoding", "cuts and repeated frames", "conversion", "samples", "motion", "technical", "text")
 FLOW_SIZE = (455, 256)
 
 
@@ -49,7 +51,7 @@ def measure(path: Path, meter: Meter, threads: int) -> None:
     """Scores every sample of a video. Raises: RowError if it does not decode."""
     spec = SampleSpec()
     motion, technical, text = MotionScorer(MotionConfig()), TechnicalScorer(TechnicalConfig()), TextScorer(TextConfig())
-    repeats, last, due = RepeatedFrames(), None, 0.0
+    frames_meter, last, due = FrameMeter(SegmentationConfig()), None, 0.0
     with open_video(path, threads=threads) as reader:
         size = shrunk_size(reader.width_px, reader.height_px, spec.short_edge_px)
         frames = iter(reader)
@@ -58,13 +60,13 @@ def measure(path: Path, meter: Meter, threads: int) -> None:
                 frame = next(frames, None)
             if frame is None:
                 return
-            with meter.part("conversion"):
-                image = frame.bgr()
-            with meter.part("repeated frames"):
-                repeats.see(image)
+            with meter.part("cuts and repeated frames"):
+                frames_meter.measure(frame)
             if frame.seconds < due - 1e-6:
                 continue
             due += 1 / spec.fps
+            with meter.part("conversion"):
+                image = frame.bgr()
             with meter.part("samples"):
                 sample = take_sample(image, size, frame.seconds)
             last = _score(sample, last, meter, motion, technical, text)
@@ -128,7 +130,7 @@ def main() -> None:
             print(f"left out: {error}")
     decoding = meter.seconds["decoding"]
     print(
-        f"{meter.counts['conversion']} frames, {meter.counts['samples']} samples, {decoding:.1f} CPU seconds of decoding\n"
+        f"{meter.counts['decoding']} frames, {meter.counts['samples']} samples, {decoding:.1f} CPU seconds of decoding\n"
     )
     print("| | ms each | CPU seconds | of decoding |\n|---|---|---|---|")
     for name in PARTS:

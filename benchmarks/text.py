@@ -1,11 +1,13 @@
 """What looking for text costs, and how often it is right, on videos whose text is known.
 
-Usage: python benchmarks/text.py TRUTH [--short-edges 256 192 ...]
+Usage: python benchmarks/text.py TRUTH [--short-edges 256 192 ...] [--ways whole changed waiting patient]
 
 TRUTH is a JSON file beside the folders of its videos. Under `videos` each name has `text`: "none", or what there is, with
 the frames it is on as FIRST..LAST where it is not on all; under `derived` some have `text_frames`, [first, after the last].
 Samples are taken at 2 fps. A sample has text where its coverage is above a bound; recall and precision are over all samples.
-Costs are CPU milliseconds a sample on one thread, beside decoding and converting all frames of the same videos.
+Ways: `whole` looks at all of every sample that is not the very same; `changed` where it changed; `waiting` and `patient` leave
+out one or two samples after one without text. Costs are CPU milliseconds a sample on one thread, beside decoding and
+converting all frames of the same videos.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 
@@ -25,6 +28,12 @@ from schemas.errors import RowError
 
 SAMPLE_S = 0.5
 BOUNDS = (0.002, 0.005, 0.01, 0.015, 0.02)
+WAYS: dict[str, dict[str, Any]] = {
+    "whole": {"waits": 0, "still_tolerance": 0, "edges_min": 0},
+    "changed": {"waits": 0},
+    "waiting": {"waits": 1},
+    "patient": {"waits": 2},
+}
 ALL_FRAMES = (0, 2**62)
 Frames = tuple[int, int]
 
@@ -91,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("truth", type=Path)
     parser.add_argument("--short-edges", type=int, nargs="+", default=[256, 192])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     options = parser.parse_args()
     cv2.setNumThreads(1)
     start, videos = time.process_time(), []
@@ -108,13 +118,8 @@ def main() -> None:
     print("| | ms a sample | of taking samples | " + " | ".join(f"> {bound:g}" for bound in BOUNDS) + " |")
     print("|---" * (3 + len(BOUNDS)) + "|")
     for edge in options.short_edges:
-        for name, changes in (
-            ("every sample whole", {"waits": 0, "still_tolerance": 0, "edges_min": 0}),
-            ("what changed", {"waits": 0}),
-            ("what changed, waiting once", {"waits": 1}),
-            ("what changed, waiting twice", {"waits": 2}),
-        ):
-            config = TextConfig(samples=SampleSpec(short_edge_px=edge), **changes)
+        for name in options.ways:
+            config = TextConfig(samples=SampleSpec(short_edge_px=edge), **WAYS[name])
             report(f"{edge}: {name}", config, videos, decoding_s)
 
 

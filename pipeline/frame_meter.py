@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.decode import Frame, Image, Size
 from pipeline.detect_scenes import FrameNumbers, SegmentationConfig
-from pipeline.score_technical import RepeatedFrames
+from pipeline.score_technical import is_repeat, repeat_lines
 
 ANALYSED_LONG_EDGE_PX = 256  # SceneManager's automatic downscale: the longer side becomes this long
 SKETCH_LEAST_PX = 640 * 360  # smaller frames are converted whole in the time that a sketch takes
@@ -31,7 +31,6 @@ class FrameMeter:
         self._fade_threshold = config.fade_threshold
         self._size: Size | None = None
         self._before: _Seen | None = None
-        self._repeated = RepeatedFrames()
 
     def measure(self, frame: Frame) -> FrameNumbers:
         """The next frame -> its numbers. The first one has score 0, as in PySceneDetect."""
@@ -41,8 +40,8 @@ class FrameMeter:
             return FrameNumbers(None, None)
         seen = _Seen(frame)
         score, mean = self._score(self._before, seen), self._mean(seen)
+        repeats = self._before is not None and is_repeat(self._before.lines, seen.lines)
         self._before = seen
-        repeats = self._repeated.see(seen.analysed if seen.sketch is None else seen.sketch)
         return FrameNumbers(score, mean, score >= self._cut_threshold, mean < self._fade_threshold, repeats)
 
     def _score(self, before: "_Seen | None", seen: "_Seen") -> float:
@@ -88,6 +87,10 @@ class _Seen:
     @cached_property
     def analysed(self) -> Image:
         return analysed(self._frame.bgr())
+
+    @cached_property
+    def lines(self) -> Image:
+        return repeat_lines(self.analysed if self.sketch is None else self.sketch)
 
     @cached_property
     def hsv(self) -> Image:

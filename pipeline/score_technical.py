@@ -11,8 +11,8 @@ from pipeline.picture_noise import blockiness, noise_deviation
 from pipeline.samples import Image, Sample, SampleSpec, block_means
 from schemas.recipe import Config, short_hash
 
-REPEAT_LINES, REPEAT_COLUMNS = 64, 320  # pixels of a frame that are compared with those of the frame before
-RUNS_PER_LINE = 40
+REPEAT_LINES, REPEAT_COLUMNS = 64, 256  # pixels of a frame that are compared with those of the frame before
+RUNS_PER_LINE = 32
 REPEAT_TOLERANCE = 8  # change of a run's colour: what coders refine in a frame they repeat
 RIM_SHARE = 32  # of each side; edges of frames and bars are sharp in the softest film
 TONE_ROUNDS = 3
@@ -154,29 +154,28 @@ class TechnicalScorer:
         return old.shape == new.shape and int(cv2.absdiff(old, new).max()) <= self._config.frozen_tolerance
 
 
-class RepeatedFrames:
-    """Which frames of a medium show the same as the frame before: slowed footage, screens, streams that hang."""
+def repeat_lines(image: Image) -> Image:
+    """A frame, BGR at full size, or a smaller picture of it -> those of its pixels by which repeated frames are told."""
+    import cv2
 
-    def __init__(self) -> None:
-        self._last: Image | None = None
+    size = min(image.shape[1], REPEAT_COLUMNS), min(image.shape[0], REPEAT_LINES)
+    return cv2.resize(image, size, interpolation=cv2.INTER_NEAREST)  # type: ignore[return-value]  # uint8 in, uint8 out
 
-    def see(self, image: Image) -> bool:
-        """The next frame, BGR at full size, or a smaller picture of it, all of one size -> whether it repeats the last."""
-        import cv2
 
-        down, right = max(1, image.shape[0] // REPEAT_LINES), max(1, image.shape[1] // REPEAT_COLUMNS)
-        lines = image[::down, ::right].copy()
-        repeats = False
-        if self._last is not None and self._last.shape == lines.shape:
-            run_px = max(1, lines.shape[1] // RUNS_PER_LINE)
-            change = cv2.blur(cv2.absdiff(self._last, lines), (run_px, 1))
-            repeats = int(change.max()) <= REPEAT_TOLERANCE
-        self._last = lines
-        return repeats
+def is_repeat(before: Image, after: Image) -> bool:
+    """`repeat_lines` of two frames -> whether they show the same, but for what a coder refines."""
+    import cv2
+
+    if before.shape != after.shape:
+        return False
+    run_px = max(1, after.shape[1] // RUNS_PER_LINE)
+    return int(cv2.blur(cv2.absdiff(before, after), (run_px, 1)).max()) <= REPEAT_TOLERANCE
 
 
 def repeated_ratio(repeats: Sequence[bool]) -> float | None:
-    """For each frame of one clip whether it repeats the one before -> the share, without the first frame."""
+    """For each frame of one clip whether it repeats the one before: slowed footage, screens, streams that hang -> their
+    share, without the first frame.
+    """
     return sum(repeats[1:]) / (len(repeats) - 1) if len(repeats) > 1 else None
 
 

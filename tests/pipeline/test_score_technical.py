@@ -1,6 +1,7 @@
 """Technical values mean what they say on pictures whose truth is known."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from pipeline.frame_meter import FrameMeter
 from pipeline.read_image import read_image
 from pipeline.samples import Image, shrunk_size, take_sample
 from pipeline.score_technical import (
-    RepeatedFrames,
     TechnicalConfig,
     TechnicalScorer,
     TechnicalValues,
+    is_repeat,
+    repeat_lines,
     repeated_ratio,
     summarise,
 )
@@ -207,8 +209,8 @@ def test_frozen_pictures() -> None:
 
 @pytest.mark.parametrize("size", [(128, 72), (320, 180), (1280, 720)])
 def test_repeated_frames(size: tuple[int, int]) -> None:
-    repeated, picture = RepeatedFrames(), detailed(0, *size)
-    repeats = [repeated.see(np.roll(picture, index // 4 * 3, axis=1)) for index in range(24)]
+    lines = [repeat_lines(np.roll(detailed(0, *size), index // 4 * 3, axis=1)) for index in range(24)]
+    repeats = [False, *(is_repeat(before, after) for before, after in pairwise(lines))]
     assert repeated_ratio(repeats) == pytest.approx(18 / 23)
     assert repeated_ratio(repeats[:4]) == 1.0
     assert repeated_ratio(repeats[3:5]) == 0.0
