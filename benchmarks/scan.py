@@ -113,12 +113,13 @@ def their_cuts(path: Path) -> list[int]:
 def scan(paths: Sequence[Path], *, text: bool) -> None:
     """The whole scan, on one worker."""
     from pipeline.scan_medium import ScanConfig, ScanLimits, scan_medium
-    from pipeline.score_text import TextScorer
 
-    if not text:
-        TextScorer.coverage = lambda self, image: 0.0  # type: ignore[method-assign]  # a scan has no switch for it
+    config = ScanConfig(
+        families=("motion", "technical", "text") if text else ("motion", "technical"),
+        limits=ScanLimits(segment_workers=1),
+    )
     for path in paths:
-        scan_medium(path, "0123456789abcdef", "video", ScanConfig(limits=ScanLimits(segment_workers=1)))
+        scan_medium(path, "0123456789abcdef", "video", config)
 
 
 PROGRAM = "scenedetect detect-content"

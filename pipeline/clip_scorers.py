@@ -15,7 +15,7 @@ Values are kept per sample, a few numbers each; frames are not kept.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
@@ -209,7 +209,9 @@ class Measurements:
 
 
 class ClipScorers:
-    """Takes every frame of a medium, or of a part of it, with its numbers, and measures the samples among them."""
+    """Takes every frame of a medium, or of a part of it, with its numbers, and measures the samples among them for the
+    score tables asked for.
+    """
 
     def __init__(
         self,
@@ -218,16 +220,18 @@ class ClipScorers:
         technical: score_technical.TechnicalConfig,
         size: tuple[int, int],
         least_cut_s: float,
+        tables: Collection[str] = (MOTION.name, TEXT.name, TECHNICAL.name),
     ) -> None:
-        self._specs = {MOTION.name: motion.samples, TEXT.name: text.samples, TECHNICAL.name: technical.samples}
+        declared = {MOTION.name: motion.samples, TEXT.name: text.samples, TECHNICAL.name: technical.samples}
+        self._specs = {table: spec for table, spec in declared.items() if table in tables}
         self._pickers = {spec: Picker(spec, *size, least_cut_s) for spec in self._specs.values()}
         self._motion = score_motion.MotionScorer(motion)
         self._text_config = text
-        self._text = score_text.TextScorer(text)
+        self._text: score_text.TextScorer | None = None  # of the period
         self._technical = score_technical.TechnicalScorer(technical)
         self._last_motion: Sample | None = None
         self._last_technical: Sample | None = None
-        self._period = 0
+        self._period = -1
         self.measurements = Measurements()
 
     def see(self, index: int, frame: Frame, numbers: FrameNumbers, *, leads_in: bool = False) -> None:
@@ -249,23 +253,23 @@ class ClipScorers:
         return self.measurements
 
     def _lead_in(self, spec: SampleSpec, pick: Pick) -> None:
-        if pick.kind == "regular" and spec == self._specs[MOTION.name]:
+        if pick.kind == "regular" and spec == self._specs.get(MOTION.name):
             self._last_motion = pick.sample
-        if pick.kind == "regular" and spec == self._specs[TECHNICAL.name]:
+        if pick.kind == "regular" and spec == self._specs.get(TECHNICAL.name):
             self._last_technical = pick.sample
 
     def _measure(self, spec: SampleSpec, pick: Pick) -> None:
         found = self.measurements
-        if spec == self._specs[TEXT.name]:
+        if spec == self._specs.get(TEXT.name):
             coverage = self._text_of(pick).coverage(pick.sample.image)
             found.coverages.put(pick, score_text.SampleCoverage(pick.sample.seconds, coverage))
-        if spec == self._specs[TECHNICAL.name]:
+        if spec == self._specs.get(TECHNICAL.name):
             is_regular = pick.kind == "regular"
             found.technical.put(
                 pick, self._technical.measure(pick.sample, self._last_technical if is_regular else None)
             )
             self._last_technical = pick.sample if is_regular else self._last_technical
-        if spec == self._specs[MOTION.name] and pick.kind == "regular":
+        if spec == self._specs.get(MOTION.name) and pick.kind == "regular":
             before, self._last_motion = self._last_motion, pick.sample
             found.flows.put(pick.frame, self._motion.pair(before, pick.sample) if before else None)
             if pick.since:
@@ -277,6 +281,6 @@ class ClipScorers:
         if pick.kind != "regular":
             return score_text.TextScorer(self._text_config)
         period = int(pick.sample.seconds // PERIOD_S)
-        if period != self._period:
+        if self._text is None or period != self._period:
             self._period, self._text = period, score_text.TextScorer(self._text_config)
         return self._text

@@ -50,6 +50,8 @@ class ScanConfig(Config):
     """Everything that one pass does."""
 
     decoder: str = "pyav"
+    # Measured besides resolution. What is left out costs nothing now and another pass when it is wanted.
+    families: tuple[Literal["motion", "text", "technical"], ...] = ("motion", "text", "technical")
     segmentation: SegmentationConfig = SegmentationConfig()
     motion: score_motion.MotionConfig = score_motion.MotionConfig()
     text: score_text.TextConfig = score_text.TextConfig()
@@ -65,12 +67,14 @@ class ScanConfig(Config):
     @property
     def scorer_ids(self) -> dict[str, str]:
         """Score table -> the id of the scorer that fills it."""
-        return {
+        ids = {
             RESOLUTION.name: score_resolution.SCORER_ID,
             MOTION.name: self.motion.scorer_id,
             TEXT.name: self.text.scorer_id,
             TECHNICAL.name: self.technical.scorer_id,
         }
+        measured = {RESOLUTION.name, *(f"score_{family}" for family in self.families)}
+        return {table: scorer_id for table, scorer_id in ids.items() if table in measured}
 
     @property
     def scan_id(self) -> str:
@@ -106,7 +110,8 @@ def scan_medium(path: Path, media_id: str, kind: Literal["video", "image"], conf
     tables: dict[str, list[Row]] = {table: [] for table in config.scorer_ids}
     for clip, values in zip(clips, scores, strict=True):
         for table, row in values.items():
-            tables[table].append({"clip_id": clip["clip_id"], "scorer_id": config.scorer_ids[table], **row})
+            if table in tables:
+                tables[table].append({"clip_id": clip["clip_id"], "scorer_id": config.scorer_ids[table], **row})
     scan = {
         "media_id": media_id,
         "scan_id": config.scan_id,
@@ -141,7 +146,7 @@ def _scan_image(path: Path, config: ScanConfig) -> tuple[list[Span], list[dict[s
 
     image = read_image(path, config.limits.max_pixels, config.limits.max_pictures).bgr
     frame = Frame(0, 0, MICROSECOND, lambda: image)
-    scorers = ClipScorers(config.motion, config.text, config.technical, frame.size, 0.0)
+    scorers = ClipScorers(config.motion, config.text, config.technical, frame.size, 0.0, config.scorer_ids)
     scorers.see(0, frame, FrameNumbers(0.0, None))
     span = Span(0, 1, 0, 0)
     part = Part(frame.size, FALLBACK_FPS, MICROSECOND, "pillow", array("q", [0]), [FrameNumbers(0.0, None)])

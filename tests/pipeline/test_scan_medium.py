@@ -130,6 +130,14 @@ def test_ids_change_with_what_they_name() -> None:
     assert changed == {"score_motion"}
 
 
+def test_families_left_out(video: Path) -> None:
+    whole = scan_medium(video, MEDIA_ID, "video", ScanConfig())
+    part = scan_medium(video, MEDIA_ID, "video", ScanConfig(families=("technical",)))
+    assert part.clips == whole.clips
+    assert part.scores == {table: whole.scores[table] for table in ("score_resolution", "score_technical")}
+    assert part.scan["scan_id"] != whole.scan["scan_id"]
+
+
 def test_faults(tmp_path: Path, video: Path) -> None:
     (tmp_path / "text.mp4").write_text("no video")
     with pytest.raises(RowError) as caught:
