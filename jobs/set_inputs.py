@@ -4,18 +4,20 @@ Raises everywhere: ConfigError if a table is empty, or holds several producers a
 """
 
 import hashlib
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jobs.families import is_own
 from pipeline.rules import CurateRecipe
 from schemas.captions import CAPTION_SCORES
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
 from schemas.errors import ConfigError
-from schemas.scores import AESTHETIC
+from schemas.scores import AESTHETIC, OWN_COMMON
 from schemas.table import Table, update_sha256
 
 
@@ -70,7 +72,9 @@ class ScoreReader:
     def scores(self, table: Table, columns: list[str]) -> Input:
         """Columns of a family by the scorer that the recipe names, or by the only one there is."""
         family = table.name.removeprefix("score_")
-        return self._input(table, columns, getattr(self.recipe.scorers, family), f"scorers.{family}")
+        check_columns(self.lake, table, columns)
+        option = f"scorers.families.{family}" if is_own(table) else f"scorers.{family}"
+        return self._input(table, columns, self.recipe.scorers.of(family), option)
 
     def _input(self, table: Table, columns: list[str], wanted: str | None, option: str) -> Input:
         """The rows of one producer: the one the recipe names, or else the only one there is."""
@@ -128,4 +132,15 @@ def how_to_fill(table: Table) -> str:
         return (
             "Run `outback score aesthetic`, which needs the weights of LAION's predictor and of open_clip's ViT-L/14,"
         )
+    if is_own(table):
+        return "Run `outback score MODULE:NAME` with the scorer that fills it"
     return "Run `outback scan`"
+
+
+def check_columns(lake: Lake, table: Table, columns: Sequence[str]) -> None:
+    """Raises: ConfigError if a family that users added is there and has no such columns."""
+    if is_own(table) and lake.uuid(table) is not None:
+        _, held = lake.stored_docs(table.name)
+        if strange := sorted(set(columns) - set(held)):
+            scores = ", ".join(name for name in held if name not in OWN_COMMON)
+            raise ConfigError(f"{table.name} has no score {', '.join(strange)}; it has: {scores}")
