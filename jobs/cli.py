@@ -159,8 +159,17 @@ def caption(
 
 @app.command()
 def score(
-    family: Annotated[str, typer.Argument(help="The family: caption. Families that need a decode are scan's.")],
-    set_name: Annotated[str, typer.Argument(metavar="SET", help="A curated set.")],
+    family: Annotated[
+        str, typer.Argument(help="caption, aesthetic, or module:name of a scorer of your own. The others are scan's.")
+    ],
+    set_name: Annotated[
+        str | None, typer.Argument(metavar="[SET]", help="A curated set; left out, all clips.", show_default=False)
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--for", help="Curation recipe: only clips that its other rules leave undecided are scored."),
+    ] = None,
+    overrides: SetOption = None,
     captioner: Annotated[str | None, typer.Option("--captioner", help="Whose captions: a beginning of an id.")] = None,
     clip: Annotated[str | None, typer.Option("--clip", help="Folder of an open_clip model, for similarity.")] = None,
     lake: LakeOption = "./lake",
@@ -168,13 +177,29 @@ def score(
     strict: StrictOption = False,
     retry_failed: RetryOption = False,
 ) -> None:
-    """Score the captions of a set, so that recipes can choose by them."""
-    if family != "caption":
-        raise ConfigError(f"family {family!r}: expected caption; the others are scored by `outback scan`")
-    from jobs.score import score_captions
-    from pipeline.score_captions import CaptionScoreConfig
+    """Score clips that are there by one family more, or the captions of a set, so that recipes can choose by it."""
+    if family == "caption":
+        from jobs.score import score_captions
+        from pipeline.score_captions import CaptionScoreConfig
 
-    report = score_captions(_open(lake), set_name, captioner, CaptionScoreConfig(clip=clip), retry_failed=retry_failed)
+        if set_name is None or recipe or overrides:
+            raise ConfigError("family caption: give the SET whose captions are scored, and neither --for nor --set")
+        config = CaptionScoreConfig(clip=clip)
+        report = score_captions(_open(lake), set_name, captioner, config, retry_failed=retry_failed)
+    else:
+        from jobs.curate import load_curate_recipe
+        from jobs.score_clips import score_clips
+
+        if captioner or clip:
+            raise ConfigError(f"family {family}: --captioner and --clip are options of family caption")
+        report = score_clips(
+            _open(lake),
+            family,
+            tuple(overrides or ()),
+            recipe=load_curate_recipe(recipe) if recipe else None,
+            set_name=set_name,
+            retry_failed=retry_failed,
+        )
     _answer(report, json, f"score {report.scorer_id}: {report.num_clips} clips, {_found(report, 'scored')}")
     _exit_if(strict and _num_rejected(report) > 0)
 

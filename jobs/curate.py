@@ -203,7 +203,7 @@ def _evaluate(lake: Lake, recipe: CurateRecipe) -> _Evaluation:
     clips, *scores = scored.inputs
     missing = {item.table.name: _check_coverage(item, recipe.coverage, rules, scored, first) for item in scores}
     pins = {item.table.name.removeprefix("score_"): item.pinned[1] for item in scores}
-    scorers = recipe.scorers.model_copy(update=pins)
+    scorers = recipe.scorers.pinned(pins)
     resolved = recipe.model_copy(update={"segmentation_id": clips.pinned[1], "scorers": scorers})
     return _Evaluation(resolved, scored.inputs, rules, scored.clips, first, missing)
 

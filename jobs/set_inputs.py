@@ -12,12 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jobs.families import is_own
 from pipeline.rules import SPLIT, CurateRecipe, Mask, Rule, asked, is_one_of, split_of
 from schemas.captions import CAPTION_SCORES
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
 from schemas.errors import ConfigError
-from schemas.scores import AESTHETIC
+from schemas.scores import AESTHETIC, OWN_COMMON
 from schemas.table import Table, update_sha256
 
 
@@ -98,17 +99,6 @@ def read_scored(lake: Lake, recipe: CurateRecipe, rules: Sequence[Rule], unread:
     return Scored(tuple(inputs), joined, absent)
 
 
-def how_to_fill(table: Table) -> str:
-    """What to do about a table that lacks rows, as the beginning of a sentence."""
-    if table is CAPTION_SCORES:
-        return "Run `outback score caption SET`"
-    if table is AESTHETIC:
-        return (
-            "Run `outback score aesthetic`, which needs the weights of LAION's predictor and of open_clip's ViT-L/14,"
-        )
-    return "Run `outback scan`"
-
-
 class _Reader:
     """Reads tables for a recipe, while a thread beside it hashes what was read.
 
@@ -129,7 +119,9 @@ class _Reader:
     def scores(self, table: Table, columns: list[str]) -> Input:
         """Columns of a family by the scorer that the recipe names, or by the only one there is."""
         family = table.name.removeprefix("score_")
-        return self._input(table, columns, getattr(self.recipe.scorers, family), f"scorers.{family}")
+        check_columns(self.lake, table, columns)
+        option = f"scorers.families.{family}" if is_own(table) else f"scorers.{family}"
+        return self._input(table, columns, self.recipe.scorers.of(family), option)
 
     def _input(self, table: Table, columns: list[str], wanted: str | None, option: str) -> Input:
         """The rows of one producer: the one the recipe names, or else the only one there is."""
@@ -175,3 +167,25 @@ def _sha256(ids: _Ids, rest: pa.Table) -> str:
     digest = of_ids.copy()
     update_sha256(digest, rest, order)
     return digest.hexdigest()
+
+
+def how_to_fill(table: Table) -> str:
+    """What to do about a table that lacks rows, as the beginning of a sentence."""
+    if table is CAPTION_SCORES:
+        return "Run `outback score caption SET`"
+    if table is AESTHETIC:
+        return (
+            "Run `outback score aesthetic`, which needs the weights of LAION's predictor and of open_clip's ViT-L/14,"
+        )
+    if is_own(table):
+        return "Run `outback score MODULE:NAME` with the scorer that fills it"
+    return "Run `outback scan`"
+
+
+def check_columns(lake: Lake, table: Table, columns: Sequence[str]) -> None:
+    """Raises: ConfigError if a family that users added is there and has no such columns."""
+    if is_own(table) and lake.uuid(table) is not None:
+        _, held = lake.stored_docs(table.name)
+        if strange := sorted(set(columns) - set(held)):
+            scores = ", ".join(name for name in held if name not in OWN_COMMON)
+            raise ConfigError(f"{table.name} has no score {', '.join(strange)}; it has: {scores}")

@@ -25,12 +25,12 @@ class SampleSpec(Config):
 @dataclass(frozen=True)
 class Sample:
     """One small frame, BGR uint8 [height, width, 3], the time it is shown, in seconds, and the middle of the frame at
-    full size, of at most 384 by 384 pixels, for what shrinking takes away.
+    full size, of at most 384 by 384 pixels, for what shrinking takes away; None where the small frame is all that was read.
     """
 
     image: Image
     seconds: float
-    detail: Image
+    detail: Image | None = None
 
 
 def take_sample(image: Image, size: tuple[int, int], seconds: float) -> Sample:

@@ -91,6 +91,8 @@ class TechnicalScorer:
         import cv2
 
         config = self._config
+        if sample.detail is None:
+            raise ValueError("coding blocks and noise are measured at full size: the sample needs its detail")
         height, width = sample.image.shape[:2]
         area = self._active_area(_luma(sample.image))
         image = area.of(sample.image)

@@ -3,15 +3,22 @@
 A null is a score that does not exist (the motion of an image); it passes no rule that is asked about it.
 """
 
+import re
+from collections.abc import Mapping
+
 import pyarrow as pa
 
 from schemas.columns import CLIP_ID, RUN_ID, SCORER_ID, WRITTEN_AT
+from schemas.errors import ConfigError
 from schemas.table import Column, Table
+
+PREFIX = "score_"
+_IDENTIFIER = re.compile(r"[a-z][a-z0-9_]{0,62}", re.ASCII)
 
 
 def _family(name: str, doc: str, *columns: Column) -> Table:
     return Table(
-        name=f"score_{name}",
+        name=PREFIX + name,
         doc=doc,
         key=("clip_id", "scorer_id"),
         columns=(CLIP_ID, SCORER_ID, *columns, RUN_ID, WRITTEN_AT),
@@ -27,6 +34,9 @@ def _per_sample(name: str, doc: str) -> Column:
 
 
 NUM_SAMPLES = Column("num_samples", pa.int32(), "frames the score rests on")
+SECONDS = Column(
+    "seconds", pa.float64(), "wall seconds of reading and scoring the clip", nullable=True, provenance=True
+)
 
 RESOLUTION = _family(
     "resolution",
@@ -93,6 +103,43 @@ AESTHETIC = _family(
     "LAION's aesthetic predictor on open_clip ViT-L/14. Paper: Emu3 report, section 2.1 and appendix on video data.",
     _score("aesthetic", "lowest prediction over three frames of a clip, of an image its own; about 1 to 10"),
     NUM_SAMPLES,
+    SECONDS,
 )
 
 FAMILIES = (RESOLUTION, MOTION, TEXT, TECHNICAL)
+
+
+def own_family(name: str, doc: str, columns: Mapping[str, str]) -> Table:
+    """The table of a scorer that a user wrote: its name, what it measures, and its scores with the meaning of each.
+
+    Raises: ConfigError if a name is no identifier, is one of the columns that every family has, or has no meaning.
+    """
+    for what, word in (("family", name), *(("column", column) for column in columns)):
+        if not isinstance(word, str) or not _IDENTIFIER.fullmatch(word):
+            raise ConfigError(
+                f"{what} {word!r} of a scorer: expected lower-case letters, digits and '_', a letter first, 63 at most"
+            )
+    if not columns or not doc.strip() or not all(meaning.strip() for meaning in columns.values()):
+        raise ConfigError(f"family {name!r}: give what it measures, and at least one column, each with its meaning")
+    table = Table(
+        name=PREFIX + name,
+        doc=doc,
+        key=("clip_id", "scorer_id"),
+        columns=(
+            CLIP_ID,
+            SCORER_ID,
+            *(_score(column, meaning) for column, meaning in columns.items()),
+            NUM_SAMPLES,
+            SECONDS,
+            RUN_ID,
+            WRITTEN_AT,
+        ),
+        properties={"comment": doc},
+    )
+    if len(set(table.names)) < len(table.names):
+        raise ConfigError(f"family {name!r}: its columns are {list(columns)}, and every family has {OWN_COMMON}")
+    return table
+
+
+OWN_COMMON = (CLIP_ID.name, SCORER_ID.name, NUM_SAMPLES.name, SECONDS.name, RUN_ID.name, WRITTEN_AT.name)
+"""The columns that every family of a user's has beside its scores."""

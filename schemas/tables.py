@@ -5,6 +5,7 @@ from schemas.captions import CAPTION_SCORES, CAPTIONERS, CAPTIONS
 from schemas.checkpoints import CHECKPOINTS
 from schemas.clips import CLIPS, SCANS
 from schemas.curated import CURATED, CURATED_SETS, RECIPES
+from schemas.embeddings import EMBEDDINGS
 from schemas.generations import GENERATIONS, PREFERENCE_PAIRS, PREFERENCE_SETS
 from schemas.media import LOCATIONS, MEDIA
 from schemas.runs import ATTEMPTS, RUNS
@@ -22,6 +23,7 @@ TABLES: tuple[Table, ...] = (
     SCANS,
     *FAMILIES,
     AESTHETIC,
+    EMBEDDINGS,
     RECIPES,
     CURATED,
     CURATED_SETS,
