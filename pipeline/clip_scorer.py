@@ -32,6 +32,7 @@ from schemas.table import Table
 
 Item = Mapping[str, Any]
 Columns = Mapping[str, float | None]
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class FrameCount(Config):
@@ -189,7 +190,7 @@ def clip_samples(item: Item, config: ScorerConfig) -> list[Sample]:
     return [Sample(np.ascontiguousarray(frame[..., ::-1]), moment) for frame, moment in pairs]
 
 
-def checked_columns(table: Table, columns: Columns) -> dict[str, float | None]:
+def checked_columns(table: Table, columns: object) -> dict[str, float | None]:
     """What a scorer gave -> the same as plain numbers. Raises: RowError WrongScores if it is not what its table holds."""
     expected = [name for name in table.names if name not in OWN_COMMON]
     if not isinstance(columns, Mapping) or sorted(map(str, columns)) != sorted(expected):
@@ -202,7 +203,7 @@ def checked_columns(table: Table, columns: Columns) -> dict[str, float | None]:
                 kind = type(value).__name__
                 raise RowError("WrongScores", f"{table.name}.{name} is of type {kind}, expected a number or None")
             value = float(value)
-            if not math.isfinite(value) or abs(value) > np.finfo(np.float32).max:
+            if not math.isfinite(value) or abs(value) > FLOAT32_MAX:
                 raise RowError("WrongScores", f"{table.name}.{name} is {value}, expected a finite float32 or None")
         plain[name] = value
     return plain

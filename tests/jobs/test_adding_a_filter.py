@@ -16,6 +16,7 @@ from PIL import Image
 
 from jobs.curate import read_set
 from jobs.show import table_reports
+from pipeline.clip_scorer import ScoreWorker
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
 from schemas.identity import clip_id
@@ -85,6 +86,19 @@ def test_a_whole_filter_is_less_than_30_lines() -> None:
     assert len([line for line in code.splitlines() if line.strip()]) < 30
 
 
+def test_its_scores_are_true(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    worker = ScoreWorker("blue_filter:BlueScorer", "{}", "s", str(folder))
+    found = []
+    for name, end_ms in (("0.png", 0), ("1.png", 0), ("2.mp4", 2000)):
+        kind = "video" if end_ms else "image"
+        item = {"clip_id": name, "uri": str(folder / name), "kind": kind, "start_ms": 0, "end_ms": end_ms}
+        (row,) = worker.process(item)["score_blue"]
+        found.append((round(float(str(row["blue_ratio"])), 1), row["num_samples"]))
+    assert found == [(1.0, 1), (0.0, 1), (0.5, 4)]
+
+
+@pytest.mark.slow
 def test_the_page_as_it_stands(folder: Path) -> None:
     commands = [line for block in blocks("bash") for line in block.splitlines()]
     before = Lake(folder / "lake").snapshot_ids(CLIPS)
