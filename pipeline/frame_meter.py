@@ -74,7 +74,9 @@ class _Seen:
 
     @cached_property
     def sketch_mean(self) -> float:
-        return 0.0 if self.sketch is None else float(np.mean(self.sketch))
+        import cv2
+
+        return 0.0 if self.sketch is None else sum(cv2.mean(self.sketch)[:3]) / 3
 
     @property
     def is_sketchable(self) -> bool:
