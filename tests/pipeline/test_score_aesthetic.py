@@ -1,7 +1,9 @@
 """Aesthetics: the published predictor's arithmetic, the lowest frame, and no score without weights."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,10 +88,10 @@ def test_the_lowest_frame_counts_by_the_published_arithmetic(config: AestheticCo
     assert scorer.score(samples)["aesthetic"] == pytest.approx(expected.min(), abs=1e-5)
     columns, kept = scorer.score_and_keep("c", samples)
     assert columns["aesthetic"] == pytest.approx(expected.min(), abs=1e-5)
-    rows = kept[EMBEDDINGS.name]
+    rows: Sequence[Mapping[str, Any]] = kept[EMBEDDINGS.name]
     assert [row["frame_ms"] for row in rows] == [0, 1000, 2000]
     assert {(row["clip_id"], row["dim"]) for row in rows} == {("c", DIM)}
-    stored = np.stack([np.frombuffer(bytes(row["embedding"]), "<f2") for row in rows])
+    stored = np.stack([np.frombuffer(row["embedding"], "<f2") for row in rows])
     np.testing.assert_allclose(stored, units, atol=5e-4)
 
 
