@@ -15,6 +15,7 @@ from torch import nn
 from pipeline.clip_scorer import FrameCount, ScoreWorker, scorer_id
 from pipeline.samples import Sample
 from pipeline.score_aesthetic import AestheticConfig, AestheticScorer, load_layers, predict
+from schemas.catalog import Lake
 from schemas.embeddings import EMBEDDINGS
 from schemas.errors import ConfigError
 from schemas.scores import AESTHETIC
@@ -105,7 +106,8 @@ def test_an_image_is_judged_by_its_one_frame(config: AestheticConfig, predictor:
     (row,) = rows[AESTHETIC.name]
     assert row["aesthetic"] == pytest.approx(expected[0], abs=1e-5)
     assert (row["num_samples"], row["scorer_id"]) == (1, "s")
-    assert len(rows[EMBEDDINGS.name]) == 1
+    lake = Lake(tmp_path / "lake")
+    assert [lake.append(table, rows[table.name], "r") for table in (EMBEDDINGS, AESTHETIC)] == [1, 1]
 
 
 def test_both_formats_hold_the_same_layers_in_order(predictor: PublishedMLP, tmp_path: Path) -> None:
