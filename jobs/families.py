@@ -20,7 +20,8 @@ def own_families(lake: Lake) -> list[Table]:
     for name in names:
         doc, columns = lake.stored_docs(name)
         scores = {column: meaning for column, meaning in columns.items() if column not in OWN_COMMON}
-        families.append(own_family(name.removeprefix(PREFIX), doc, scores))
+        if doc:  # without one it is another program's
+            families.append(own_family(name.removeprefix(PREFIX), doc, scores))
     return families
 
 

@@ -20,7 +20,7 @@ from jobs.progress import progress
 from jobs.run import recorded
 from jobs.score import ScoreReport
 from pipeline.clip_scorer import ClipScorer, ScorerConfig, ScoreWorker, add_to_path, load_scorer, scorer_id
-from pipeline.rules import CurateRecipe
+from pipeline.rules import SPLIT, CurateRecipe
 from pipeline.stage import Stage, left_to_do, run_stage
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
@@ -115,7 +115,10 @@ def _own_table(lake: Lake, scorer: type[ClipScorer[Any]]) -> Table:
             if not is_own(other):
                 raise ConfigError(f"the family {family!r} is one of Outback's own: choose another name")
             scores = {column.name: column.doc for column in other.columns if column.name not in OWN_COMMON} | scores
-        elif other.name.startswith(PREFIX) and (taken := sorted(set(scores) & set(other.names))):
+            continue
+        # Rules see these columns side by side.
+        beside = {*other.names, SPLIT} if other is CLIPS or other.name.startswith(PREFIX) else set()
+        if taken := sorted(set(scores) & beside):
             raise ConfigError(f"family {family!r}: {other.name} has columns {taken}: choose names of your own")
     return own_family(family, table.doc, scores)
 

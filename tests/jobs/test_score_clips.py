@@ -24,6 +24,14 @@ from tests.jobs.test_adding_a_filter import blocks
 from tests.jobs.test_curate import NUM, fill
 
 BLUE = own_family("blue", "Blue in the picture.", {"blue_ratio": "share of blue pixels"})
+TAKEN = (
+    ("motion", "x"),
+    ("caption", "x"),
+    ("other", "sharpness"),
+    ("other", "blue_ratio"),
+    ("other", "kind"),
+    ("other", "split"),
+)
 RULE = {"blue": {"blue_ratio": Bounds(high=0.5)}}
 
 
@@ -120,7 +128,7 @@ def test_recipes_without_families_keep_their_ids() -> None:
 
 def test_names_that_are_taken_are_refused(lake: Lake) -> None:
     scored(lake, "b1", ids(lake))
-    for family, column in (("motion", "x"), ("caption", "x"), ("other", "sharpness"), ("other", "blue_ratio")):
+    for family, column in TAKEN:
         with pytest.raises(ConfigError, match="choose"):
             _own_table(lake, made_scorer(own_family(family, "Theirs.", {column: "x"})))
 

@@ -1,7 +1,9 @@
 """Aesthetics: the published predictor's arithmetic, the lowest frame, and no score without weights."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 from pipeline.clip_scorer import FrameCount, ScoreWorker, scorer_id
 from pipeline.samples import Sample
 from pipeline.score_aesthetic import AestheticConfig, AestheticScorer, load_layers, predict
+from schemas.catalog import Lake
 from schemas.embeddings import EMBEDDINGS
 from schemas.errors import ConfigError
 from schemas.scores import AESTHETIC
@@ -86,10 +89,10 @@ def test_the_lowest_frame_counts_by_the_published_arithmetic(config: AestheticCo
     assert scorer.score(samples)["aesthetic"] == pytest.approx(expected.min(), abs=1e-5)
     columns, kept = scorer.score_and_keep("c", samples)
     assert columns["aesthetic"] == pytest.approx(expected.min(), abs=1e-5)
-    rows = kept[EMBEDDINGS.name]
+    rows: Sequence[Mapping[str, Any]] = kept[EMBEDDINGS.name]
     assert [row["frame_ms"] for row in rows] == [0, 1000, 2000]
     assert {(row["clip_id"], row["dim"]) for row in rows} == {("c", DIM)}
-    stored = np.stack([np.frombuffer(bytes(row["embedding"]), "<f2") for row in rows])
+    stored = np.stack([np.frombuffer(row["embedding"], "<f2") for row in rows])
     np.testing.assert_allclose(stored, units, atol=5e-4)
 
 
@@ -103,7 +106,8 @@ def test_an_image_is_judged_by_its_one_frame(config: AestheticConfig, predictor:
     (row,) = rows[AESTHETIC.name]
     assert row["aesthetic"] == pytest.approx(expected[0], abs=1e-5)
     assert (row["num_samples"], row["scorer_id"]) == (1, "s")
-    assert len(rows[EMBEDDINGS.name]) == 1
+    lake = Lake(tmp_path / "lake")
+    assert [lake.append(table, rows[table.name], "r") for table in (EMBEDDINGS, AESTHETIC)] == [1, 1]
 
 
 def test_both_formats_hold_the_same_layers_in_order(predictor: PublishedMLP, tmp_path: Path) -> None:
