@@ -159,8 +159,10 @@ def caption(
 
 @app.command()
 def score(
-    family: Annotated[str, typer.Argument(help="The family: caption. Families that need a decode are scan's.")],
-    set_name: Annotated[str, typer.Argument(metavar="SET", help="A curated set.")],
+    family: Annotated[str, typer.Argument(help="The family: caption or duplicate. The others are scan's.")],
+    set_name: Annotated[
+        str | None, typer.Argument(metavar="[SET]", help="A curated set; left out, all clips.", show_default=False)
+    ] = None,
     captioner: Annotated[str | None, typer.Option("--captioner", help="Whose captions: a beginning of an id.")] = None,
     clip: Annotated[str | None, typer.Option("--clip", help="Folder of an open_clip model, for similarity.")] = None,
     lake: LakeOption = "./lake",
@@ -168,9 +170,23 @@ def score(
     strict: StrictOption = False,
     retry_failed: RetryOption = False,
 ) -> None:
-    """Score the captions of a set, so that recipes can choose by them."""
-    if family != "caption":
-        raise ConfigError(f"family {family!r}: expected caption; the others are scored by `outback scan`")
+    """Score the captions of a set, or which clips are duplicates, so that recipes can choose by it."""
+    if family == "duplicate":
+        from jobs.score_duplicates import score_duplicates
+        from pipeline.fingerprint_clips import FingerprintConfig
+
+        if captioner or clip:
+            raise ConfigError("family duplicate: --captioner and --clip are options of family caption")
+        compared = score_duplicates(_open(lake), set_name, FingerprintConfig(), retry_failed=retry_failed)
+        text = f"{compared.num_clips} clips compared; fingerprints: {_found(compared, 'made')}"
+        _answer(compared, json, f"score {compared.scorer_id}: {text}")
+        _exit_if(strict and _num_rejected(compared) > 0)
+        return
+    if family != "caption" or set_name is None:
+        raise ConfigError(
+            f"family {family!r}: expected duplicate, or caption and the SET whose captions are scored; "
+            "the others are scored by `outback scan`"
+        )
     from jobs.score import score_captions
     from pipeline.score_captions import CaptionScoreConfig
 

@@ -8,10 +8,16 @@ from jobs.curate import read_set
 from schemas.catalog import Lake
 from schemas.media import LOCATIONS
 
+COLUMNS = ["clip_id", "media_id", "kind", "start_ms", "end_ms"]
+
 
 def clip_items(lake: Lake, set_name: str) -> pa.Table:
     """The clips of a set with a place of their medium, as `uri`."""
-    clips = read_set(lake, set_name).select(["clip_id", "media_id", "kind", "start_ms", "end_ms"])
+    return with_places(lake, read_set(lake, set_name).select(COLUMNS))
+
+
+def with_places(lake: Lake, clips: pa.Table) -> pa.Table:
+    """Clips with their `media_id` -> the same by clip id, with a place of their medium as `uri`."""
     media = sorted(set(clips["media_id"].to_pylist()))
     places: dict[str, str] = {}
     for row in lake.read_where(LOCATIONS, "media_id", media, ["media_id", "uri"]).sort_by("uri").to_pylist():

@@ -22,7 +22,7 @@ from pydantic import AfterValidator, Field, model_validator
 from schemas.captions import CAPTION_SCORES
 from schemas.clips import CLIPS
 from schemas.recipe import Config, later_option
-from schemas.scores import AESTHETIC, MOTION, RESOLUTION, TECHNICAL, TEXT
+from schemas.scores import AESTHETIC, DUPLICATE, MOTION, RESOLUTION, TECHNICAL, TEXT
 from schemas.table import Table
 
 Kind = Literal["image", "video"]
@@ -92,6 +92,7 @@ class ScorerPins(Config):
     text: str | None = None
     technical: str | None = None
     aesthetic: str | None = later_option(None)
+    duplicate: str | None = later_option(None)
     caption: str | None = later_option(None)
 
 
@@ -121,6 +122,7 @@ class CurateRecipe(Config):
     colour: Bounds | None = None
     colourfulness: Bounds | None = None
     letterbox: Bounds | None = None
+    duplicate: Bounds | None = later_option(None)
     aesthetic: Bounds | None = later_option(None)
     caption_words: Bounds | None = later_option(None)
     caption_repetition: Bounds | None = later_option(None)
@@ -148,6 +150,7 @@ SCORES: Mapping[str, tuple[Table, str]] = {
     "colour": (TECHNICAL, "monochrome_ratio"),
     "colourfulness": (TECHNICAL, "colourfulness"),
     "letterbox": (TECHNICAL, "letterbox_ratio"),
+    "duplicate": (DUPLICATE, "near"),
     "aesthetic": (AESTHETIC, "aesthetic"),
     "caption_words": (CAPTION_SCORES, "words"),
     "caption_repetition": (CAPTION_SCORES, "repetition"),

@@ -5,10 +5,11 @@ from schemas.captions import CAPTION_SCORES, CAPTIONERS, CAPTIONS
 from schemas.checkpoints import CHECKPOINTS
 from schemas.clips import CLIPS, SCANS
 from schemas.curated import CURATED, CURATED_SETS, RECIPES
+from schemas.fingerprints import FINGERPRINTS
 from schemas.generations import GENERATIONS, PREFERENCE_PAIRS, PREFERENCE_SETS
 from schemas.media import LOCATIONS, MEDIA
 from schemas.runs import ATTEMPTS, RUNS
-from schemas.scores import AESTHETIC, FAMILIES
+from schemas.scores import AESTHETIC, DUPLICATE, FAMILIES
 from schemas.sequences import SEQUENCE_SETS, SEQUENCES
 from schemas.table import Table
 from schemas.texts import TEXTS
@@ -22,6 +23,8 @@ TABLES: tuple[Table, ...] = (
     SCANS,
     *FAMILIES,
     AESTHETIC,
+    FINGERPRINTS,
+    DUPLICATE,
     RECIPES,
     CURATED,
     CURATED_SETS,
