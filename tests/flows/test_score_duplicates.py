@@ -69,7 +69,7 @@ def test_copies_are_scored_and_a_recipe_keeps_the_best(tmp_path: Path, checkout:
     assert all(rows[clip]["near"] < 0.8 for clip in clips)
     assert [row["item_id"] for row in lake.read(ATTEMPTS).to_pylist()] == [broken]
 
-    curate(lake, CurateRecipe(coverage=0.8, duplicate=Bounds(high=0.9)), "unique")
+    curate(lake, CurateRecipe(coverage=0.75, duplicate=Bounds(high=0.9)), "unique")
     assert set(read_set(lake, "unique")["clip_id"].to_pylist()) == set(clips)
 
     again = score(lake, checkout)
