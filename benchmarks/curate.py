@@ -223,7 +223,9 @@ def main() -> None:
     parser.add_argument("--commits", type=int, default=64)
     parser.add_argument("--apart", action="store_true", help="write the last family in batches of its own")
     parser.add_argument("--folder", type=Path, help="keep the lake here, or use the one that is here")
-    parser.add_argument("--page", type=Path, help="file in which the table replaces all below its first heading")
+    parser.add_argument(
+        "--page", type=Path, help="Markdown file whose beginning, up to its first section, this replaces"
+    )
     options = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     with tempfile.TemporaryDirectory() as scratch:
@@ -242,7 +244,8 @@ def main() -> None:
     text = page(found, about)
     print(text)
     if options.page:
-        options.page.write_text(f"# Filtering again\n\n{text}", encoding="utf-8")
+        _, section, rest = options.page.read_text(encoding="utf-8").partition("\n## ")
+        options.page.write_text(f"# Filtering again\n\n{text}{section}{rest}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def interpreter_of(name: str, python: str, packages: tuple[str, ...]) -> Path:
 def outback(media: Path, folder: Path) -> list[list[str]]:
     """Ingest, scan, curate."""
     program, lake = str(Path(sys.executable).with_name("outback")), str(folder / "lake")
-    scan = [program, "scan", "--set", 'families=["resolution","motion","technical"]', "--lake", lake]
+    scan = [program, "scan", "--set", 'families=["motion","technical"]', "--lake", lake]
     rules = folder / "rules.toml"
     rules.write_text("[resolution]\nlow = 256\n[aspect]\nhigh = 3.0\n[duration]\nlow = 0.5\n[motion]\nlow = 0.001\n")
     curate = [program, "curate", str(rules), "--name", "kept", "--lake", lake]

@@ -1,6 +1,6 @@
 """What finding cuts and the whole scan cost, against the `scenedetect` program and bare decoding.
 
-Usage: python benchmarks/scan.py [--media FOLDER] [--least-short-edge PX] [--repeats N] [--ffmpeg] [--write FILE]
+Usage: python benchmarks/scan.py [--media FOLDER] [--least-short-edge PX] [--repeats N] [--no-text] [--ffmpeg] [--write FILE]
 
 Without a folder a 1080p H.264 video with B-frames is made. All commands take turns, so that a machine that is busy for a
 while is busy for all of them. CPU seconds are of whole processes and include those of children. The program is started
@@ -113,12 +113,13 @@ def their_cuts(path: Path) -> list[int]:
 def scan(paths: Sequence[Path], *, text: bool) -> None:
     """The whole scan, on one worker."""
     from pipeline.scan_medium import ScanConfig, ScanLimits, scan_medium
-    from pipeline.score_text import TextScorer
 
-    if not text:
-        TextScorer.coverage = lambda self, image: 0.0  # type: ignore[method-assign]  # a scan has no switch for it
+    config = ScanConfig(
+        families=("motion", "technical", "text") if text else ("motion", "technical"),
+        limits=ScanLimits(segment_workers=1),
+    )
     for path in paths:
-        scan_medium(path, "0123456789abcdef", "video", ScanConfig(limits=ScanLimits(segment_workers=1)))
+        scan_medium(path, "0123456789abcdef", "video", config)
 
 
 PROGRAM = "scenedetect detect-content"
@@ -130,10 +131,12 @@ STEPS: dict[str, Callable[[Sequence[Path]], object]] = {
 }
 
 
-def commands(paths: Sequence[Path], *, ffmpeg: bool) -> dict[str, list[list[str]]]:
+def commands(paths: Sequence[Path], *, text: bool, ffmpeg: bool) -> dict[str, list[list[str]]]:
     """What is compared -> the command lines that walk all files."""
     names = [str(path.absolute()) for path in paths]
     found = {name: [[sys.executable, __file__, "--step", name, *names]] for name in STEPS}
+    if not text:
+        del found["our scan"]
     found[PROGRAM] = [[sys.executable, "-m", "scenedetect", "-q", "-i", name, "detect-content"] for name in names]
     if ffmpeg:
         decode = ["ffmpeg", "-v", "quiet", "-threads", "1"]
@@ -151,11 +154,11 @@ def cost(lines: Sequence[Sequence[str]]) -> Cost:
     return Cost(spent, time.perf_counter() - start)
 
 
-def measured(paths: Sequence[Path], repeats: int, *, ffmpeg: bool) -> dict[str, list[Cost]]:
+def measured(lines_of: dict[str, list[list[str]]], repeats: int) -> dict[str, list[Cost]]:
     """Every command `repeats` times, in turns."""
     found: dict[str, list[Cost]] = {}
     for _ in range(repeats):
-        for name, lines in commands(paths, ffmpeg=ffmpeg).items():
+        for name, lines in lines_of.items():
             found.setdefault(name, []).append(cost(lines))
     return found
 
@@ -195,7 +198,7 @@ def table(costs: dict[str, list[Cost]], starting: dict[str, float]) -> str:
 
 def report(paths: Sequence[Path], what: str, options: argparse.Namespace) -> str:
     """Measures, and says so in Markdown."""
-    costs = measured(paths, options.repeats, ffmpeg=options.ffmpeg)
+    costs = measured(commands(paths, text=options.text, ffmpeg=options.ffmpeg), options.repeats)
     versions = ", ".join(f"{name} {version(name)}" for name in ("scenedetect", "av", "opencv-python-headless", "numpy"))
     machine = f"{os.cpu_count()} logical CPUs, Python {platform.python_version()}, {versions}"
     text = table(costs, starting_s(options.repeats, len(paths)))
@@ -208,6 +211,7 @@ def main() -> None:
     parser.add_argument("--media", type=Path, help="a folder of videos")
     parser.add_argument("--least-short-edge", type=int, default=0, help="of videos in the folder, in pixels")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-text", dest="text", action="store_false", help="leave the scan with text coverage out")
     parser.add_argument("--ffmpeg", action="store_true", help="decode with the ffmpeg program too")
     parser.add_argument("--write", type=Path, help="a Markdown file that the result is added to")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)

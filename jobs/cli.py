@@ -159,10 +159,17 @@ def caption(
 
 @app.command()
 def score(
-    family: Annotated[str, typer.Argument(help="The family: caption or duplicate. The others are scan's.")],
+    family: Annotated[
+        str, typer.Argument(help="caption, aesthetic, duplicate, or module:name of your own. The others are scan's.")
+    ],
     set_name: Annotated[
         str | None, typer.Argument(metavar="[SET]", help="A curated set; left out, all clips.", show_default=False)
     ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--for", help="Curation recipe: only clips that its other rules leave undecided are scored."),
+    ] = None,
+    overrides: SetOption = None,
     captioner: Annotated[str | None, typer.Option("--captioner", help="Whose captions: a beginning of an id.")] = None,
     clip: Annotated[str | None, typer.Option("--clip", help="Folder of an open_clip model, for similarity.")] = None,
     lake: LakeOption = "./lake",
@@ -170,27 +177,40 @@ def score(
     strict: StrictOption = False,
     retry_failed: RetryOption = False,
 ) -> None:
-    """Score the captions of a set, or which clips are duplicates, so that recipes can choose by it."""
+    """Score clips that are there by one family more, or the captions of a set, so that recipes can choose by it."""
     if family == "duplicate":
         from jobs.score_duplicates import score_duplicates
         from pipeline.fingerprint_clips import FingerprintConfig
 
-        if captioner or clip:
-            raise ConfigError("family duplicate: --captioner and --clip are options of family caption")
+        if captioner or clip or recipe or overrides:
+            raise ConfigError("family duplicate: it takes no --captioner, --clip, --for or --set")
         compared = score_duplicates(_open(lake), set_name, FingerprintConfig(), retry_failed=retry_failed)
         text = f"{compared.num_clips} clips compared; fingerprints: {_found(compared, 'made')}"
         _answer(compared, json, f"score {compared.scorer_id}: {text}")
         _exit_if(strict and _num_rejected(compared) > 0)
         return
-    if family != "caption" or set_name is None:
-        raise ConfigError(
-            f"family {family!r}: expected duplicate, or caption and the SET whose captions are scored; "
-            "the others are scored by `outback scan`"
-        )
-    from jobs.score import score_captions
-    from pipeline.score_captions import CaptionScoreConfig
+    if family == "caption":
+        from jobs.score import score_captions
+        from pipeline.score_captions import CaptionScoreConfig
 
-    report = score_captions(_open(lake), set_name, captioner, CaptionScoreConfig(clip=clip), retry_failed=retry_failed)
+        if set_name is None or recipe or overrides:
+            raise ConfigError("family caption: give the SET whose captions are scored, and neither --for nor --set")
+        config = CaptionScoreConfig(clip=clip)
+        report = score_captions(_open(lake), set_name, captioner, config, retry_failed=retry_failed)
+    else:
+        from jobs.curate import load_curate_recipe
+        from jobs.score_clips import score_clips
+
+        if captioner or clip:
+            raise ConfigError(f"family {family}: --captioner and --clip are options of family caption")
+        report = score_clips(
+            _open(lake),
+            family,
+            tuple(overrides or ()),
+            recipe=load_curate_recipe(recipe) if recipe else None,
+            set_name=set_name,
+            retry_failed=retry_failed,
+        )
     _answer(report, json, f"score {report.scorer_id}: {report.num_clips} clips, {_found(report, 'scored')}")
     _exit_if(strict and _num_rejected(report) > 0)
 

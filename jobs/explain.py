@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.curate import set_recipe, set_row
-from jobs.set_inputs import how_to_fill
+from jobs.families import is_own
+from jobs.set_inputs import check_columns, how_to_fill
 from pipeline.rules import SPLIT, CurateRecipe, Mask, Rule, asked, float32, passes, rules_of, split_of
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
@@ -138,13 +139,15 @@ def _scores(
     lake: Lake, recipe: CurateRecipe, table: Table, columns: list[str], clip_id: str, at: Mapping[str, int]
 ) -> dict[str, Any] | None:
     family = table.name.removeprefix("score_")
-    pinned = getattr(recipe.scorers, family)
+    pinned = recipe.scorers.of(family)
+    check_columns(lake, table, columns)
     found = lake.read_where(table, "clip_id", [clip_id], ["scorer_id", *columns], at.get(table.name))
     rows = found.to_pylist()
     mine = [row for row in rows if pinned in (None, row["scorer_id"])]
     if len(mine) > 1:
         listed = ", ".join(sorted(row["scorer_id"] for row in mine))
-        raise ConfigError(f"{table.name} holds several: {listed}. Choose one with --set scorers.{family}=...")
+        option = f"scorers.families.{family}" if is_own(table) else f"scorers.{family}"
+        raise ConfigError(f"{table.name} holds several: {listed}. Choose one with --set {option}=...")
     return dict(mine[0]) if mine else None
 
 

@@ -1,13 +1,10 @@
 """Which model a path or a name stands for: a digest of its files, or of its name and commit on a hub."""
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from schemas.errors import ConfigError
-from schemas.identity import file_digest
+from schemas.identity import files_digest
 from schemas.recipe import short_hash
-
-NOT_THE_MODEL = frozenset({".gitattributes", "README.md", "LICENSE"})
 
 
 def model_digest(model: str, revision: str | None, *, served: bool = False) -> str:
@@ -24,26 +21,6 @@ def model_digest(model: str, revision: str | None, *, served: bool = False) -> s
     if folder.is_absolute():
         raise ConfigError(f"{model} is no folder")
     return short_hash([model, _commit(model, revision)])
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def files_digest(model: str, needed: str) -> str:
-    """A folder -> the hash of its files' names and bytes. Raises: ConfigError if the needed file is not in it."""
-    folder = Path(model)
-    if not (folder / needed).is_file():
-        raise ConfigError(f"{folder} holds no model: there is no {needed}")
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and path.name not in NOT_THE_MODEL and not _hidden(path.relative_to(folder))
-    )
-    with ThreadPoolExecutor(8) as threads:  # hashing large buffers releases the lock of the interpreter
-        digests = threads.map(file_digest, files)
-        named = zip((path.relative_to(folder).as_posix() for path in files), digests, strict=True)
-        return short_hash(dict(named))
 
 
 def _commit(name: str, revision: str | None) -> str:

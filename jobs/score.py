@@ -10,7 +10,6 @@ import pyarrow.compute as pc
 from jobs.captioners import find_captioner, whole_captions
 from jobs.clip_items import clip_items
 from jobs.cluster import ensure_ray, num_cpus
-from jobs.model_files import files_digest
 from jobs.progress import progress
 from jobs.run import recorded
 from pipeline.score_captions import VERSION, CaptionScoreConfig, CaptionScoreWorker
@@ -18,6 +17,7 @@ from pipeline.stage import Stage, StageOutcome, left_to_do, run_stage
 from schemas.captions import CAPTION_SCORES, CAPTIONS
 from schemas.catalog import Lake
 from schemas.errors import ConfigError
+from schemas.identity import files_digest
 from schemas.recipe import short_hash
 
 

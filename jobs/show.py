@@ -5,15 +5,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from jobs.curate import print_funnel as print_steps
 from jobs.curate import set_row
+from jobs.families import all_tables
 from pipeline.rules import Example, FunnelStep
 from schemas.catalog import Lake
+from schemas.clips import CLIPS
 from schemas.curated import CURATED_SETS
 from schemas.generations import PREFERENCE_SETS
 from schemas.runs import ATTEMPTS, RUNS
+from schemas.scores import PREFIX, SECONDS
 from schemas.sequences import SEQUENCE_SETS
-from schemas.tables import TABLES
+from schemas.table import Table
 
 NUM_EXAMPLES = 3
 WIDTH = 200  # of a table that no terminal shows
@@ -21,7 +27,11 @@ WIDTH = 200  # of a table that no terminal shows
 
 @dataclass(frozen=True)
 class TableReport:
-    """One table as it is now. `content_sha256` is None where it was not asked for, and for ledgers, which have none."""
+    """One table as it is now. `content_sha256` is None where it was not asked for, and for ledgers, which have none.
+
+    Of scores: the mean of what a clip took, None where the scan measured many families at once; and the share of all
+    clips that have a row, by any scorer.
+    """
 
     name: str
     num_rows: int
@@ -31,6 +41,8 @@ class TableReport:
     snapshot_id: int | None
     tags: tuple[str, ...]
     content_sha256: str | None
+    seconds_per_clip: float | None
+    coverage: float | None
 
 
 @dataclass(frozen=True)
@@ -62,10 +74,22 @@ class AttemptReport:
 def table_reports(lake: Lake, *, hashes: bool = False) -> list[TableReport]:
     """Every table of the lake, made or not, in the order of the road."""
     reports = []
-    for table in TABLES:
+    clips = pc.unique(lake.read(CLIPS, ["clip_id"])["clip_id"])
+    for table in all_tables(lake):
         sha256 = lake.content_sha256(table) if hashes and not table.ledger else None
-        reports.append(TableReport(**asdict(lake.facts(table)), content_sha256=sha256))
+        facts = lake.facts(table)
+        seconds, coverage = _cost_and_coverage(lake, table, clips) if facts.num_rows else (None, None)
+        reports.append(TableReport(**asdict(facts), content_sha256=sha256, seconds_per_clip=seconds, coverage=coverage))
     return reports
+
+
+def _cost_and_coverage(lake: Lake, table: Table, clips: pa.Array) -> tuple[float | None, float | None]:
+    if not table.name.startswith(PREFIX) or not len(clips):
+        return None, None
+    timed = SECONDS.name in table.names
+    rows = lake.read(table, ["clip_id", *([SECONDS.name] if timed else [])])
+    scored = pc.sum(pc.is_in(clips, value_set=pc.unique(rows["clip_id"]))).as_py()
+    return pc.mean(rows[SECONDS.name]).as_py() if timed else None, scored / len(clips)
 
 
 def run_reports(lake: Lake) -> list[RunReport]:
@@ -119,16 +143,20 @@ def attempt_reports(lake: Lake) -> list[AttemptReport]:
 
 
 def print_tables(lake: Lake, *, hashes: bool, json: bool) -> None:
-    """Rows, files, sizes and tags of every table, with a hash of the content if asked for."""
+    """Rows, files, sizes and tags of every table, cost and coverage of scores, and a hash of the content if asked for."""
     reports = table_reports(lake, hashes=hashes)
     if json:
         _print_json([asdict(report) for report in reports])
         return
-    columns = ["table", "rows", "files", "bytes", "snapshots", "tags", *(["content_sha256"] if hashes else [])]
+    columns = ["table", "rows", "files", "bytes", "snapshots", "coverage", "s a clip", "tags"]
+    columns += ["content_sha256"] if hashes else []
     rows = []
     for one in reports:
         sha256 = [one.content_sha256 or "ledger"] if hashes else []
-        rows.append([one.name, one.num_rows, one.num_files, one.num_bytes, one.num_snapshots, _few(one.tags), *sha256])
+        coverage = "" if one.coverage is None else f"{one.coverage:.1%}"
+        seconds = "" if one.seconds_per_clip is None else f"{one.seconds_per_clip:.3g}"
+        sizes = [one.num_rows, one.num_files, one.num_bytes, one.num_snapshots]
+        rows.append([one.name, *sizes, coverage, seconds, _few(one.tags), *sha256])
     _print_table(columns, rows)
 
 

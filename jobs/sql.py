@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jobs.families import all_tables
 from schemas.catalog import Lake
 from schemas.curated import CURATED_SETS
 from schemas.errors import ConfigError
 from schemas.runs import RUNS
 from schemas.table import Table
-from schemas.tables import TABLES
 
 if TYPE_CHECKING:
     import duckdb
@@ -63,18 +63,18 @@ def snapshots_at(lake: Lake, at: str | None) -> dict[str, int | None]:
     Raises: ConfigError if it is no tag, snapshot id or time.
     """
     if at is None:
-        return {table.name: lake.snapshot_id(table) for table in TABLES}
+        return {table.name: lake.snapshot_id(table) for table in all_tables(lake)}
     tagged = _tagged(lake, at)
     if tagged:
         return _as_of(lake, _time_of(lake, at, tagged), tagged)
     if at.isascii() and at.isdigit():
-        for table in TABLES:
+        for table in all_tables(lake):
             if int(at) in lake.snapshot_ids(table):
                 return _as_of(lake, lake.snapshot_time_ms(table, int(at)), {table.name: int(at)})
     try:
         moment = datetime.fromisoformat(at)
     except ValueError:
-        names = sorted({name.removeprefix(TAG_PREFIX) for table in TABLES for name in lake.tags(table)})
+        names = sorted({name.removeprefix(TAG_PREFIX) for table in all_tables(lake) for name in lake.tags(table)})
         known = ", ".join(names) or "none yet"
         raise ConfigError(
             f"--at {at!r} is no set or tag (there are: {known}), no snapshot id (outback show tables), "
@@ -100,7 +100,7 @@ def print_sql(rows: pa.Table, *, json: bool, csv: bool) -> None:
 
 def _tagged(lake: Lake, name: str) -> dict[str, int]:
     found = {}
-    for table in TABLES:
+    for table in all_tables(lake):
         tags = lake.tags(table)
         snapshot_id = tags.get(TAG_PREFIX + name, tags.get(name))
         if snapshot_id is not None:
@@ -117,14 +117,14 @@ def _time_of(lake: Lake, name: str, tagged: Mapping[str, int]) -> int:
         if len(ends):
             end: datetime = ends["written_at"][0].as_py()
             return math.ceil(end.timestamp() * 1000)
-    by_name = {table.name: table for table in TABLES}
+    by_name = {table.name: table for table in all_tables(lake)}
     return max(lake.snapshot_time_ms(by_name[table], snapshot_id) for table, snapshot_id in tagged.items())
 
 
 def _as_of(lake: Lake, timestamp_ms: int, exactly: Mapping[str, int]) -> dict[str, int | None]:
     return {
         table.name: exactly[table.name] if table.name in exactly else lake.snapshot_as_of(table, timestamp_ms)
-        for table in TABLES
+        for table in all_tables(lake)
     }
 
 
@@ -132,11 +132,12 @@ def _as_of(lake: Lake, timestamp_ms: int, exactly: Mapping[str, int]) -> dict[st
 
 
 def _add_views(connection: "duckdb.DuckDBPyConnection", lake: Lake, snapshots: Mapping[str, int | None]) -> None:
-    files = {t.name: lake.data_files(t, at=snapshots[t.name]) if snapshots[t.name] else [] for t in TABLES}
+    tables = [table for table in all_tables(lake) if table.name in snapshots]
+    files = {t.name: lake.data_files(t, at=snapshots[t.name]) if snapshots[t.name] else [] for t in tables}
     connection.execute("SET python_enable_replacements = false")
     allowed = {name for paths in files.values() for path in paths for name in (path, _literal(path))}
     connection.execute("SET allowed_paths = $paths", {"paths": sorted(allowed)})
-    for table in TABLES:
+    for table in tables:
         connection.execute(_view(connection, table, files[table.name]))
     connection.execute("SET enable_external_access = false")
     connection.execute("SET autoinstall_known_extensions = false")
@@ -147,7 +148,7 @@ def _add_views(connection: "duckdb.DuckDBPyConnection", lake: Lake, snapshots: M
 def _view(connection: "duckdb.DuckDBPyConnection", table: Table, paths: list[str]) -> str:
     """The statement that makes a table's view, with all its columns, even those that no file has yet."""
     kinds = connection.from_arrow(table.empty()).types
-    nulls = ", ".join(f"CAST(NULL AS {kind}) AS {name}" for name, kind in zip(table.names, kinds, strict=True))
+    nulls = ", ".join(f'CAST(NULL AS {kind}) AS "{name}"' for name, kind in zip(table.names, kinds, strict=True))
     view = f"CREATE VIEW {table.name} AS SELECT {nulls} WHERE false"
     if not paths:
         return view

@@ -15,14 +15,15 @@ Values are kept per sample, a few numbers each; frames are not kept.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 from pipeline import score_motion, score_technical, score_text
+from pipeline.camera_motion import PairMotion
 from pipeline.decode import Frame
 from pipeline.detect_scenes import FrameNumbers
-from pipeline.samples import Sample, SampleSpec, shrunk, shrunk_size
+from pipeline.samples import Sample, SampleSpec, shrunk_size, take_sample
 from schemas.scores import MOTION, TECHNICAL, TEXT
 
 GRID_TOLERANCE_S = 1e-6
@@ -106,7 +107,7 @@ class Picker:
         self._pending = None
 
     def _sample(self, frame: Frame) -> Sample:
-        return Sample(shrunk(frame.bgr(), self._size), frame.seconds)
+        return take_sample(frame.bgr(), self._size, frame.seconds)
 
 
 def grid_point(seconds: float, fps: float) -> int:
@@ -177,9 +178,9 @@ class Measurements:
     regular sample in a clip since the start of the clip, by frame of the start, with the frame of the sample.
     """
 
-    flows: ByFrame[float | None] = field(default_factory=ByFrame)
-    start_flows: ByFrame[tuple[int, float]] = field(default_factory=ByFrame)
-    coverages: Measured[float] = field(default_factory=Measured)
+    flows: ByFrame[PairMotion | None] = field(default_factory=ByFrame)
+    start_flows: ByFrame[tuple[int, PairMotion]] = field(default_factory=ByFrame)
+    coverages: Measured[score_text.SampleCoverage] = field(default_factory=Measured)
     technical: Measured[score_technical.TechnicalValues] = field(default_factory=Measured)
 
     def add(self, later: "Measurements", offset: int) -> None:
@@ -190,16 +191,16 @@ class Measurements:
         self.coverages.add(later.coverages, offset)
         self.technical.add(later.technical, offset)
 
-    def scores(self, start_frame: int, end_frame: int) -> dict[str, dict[str, Any]]:
+    def scores(self, start_frame: int, end_frame: int, text: score_text.TextConfig) -> dict[str, dict[str, Any]]:
         """Frames [start, end) of one clip -> score table -> its columns, but for clip and scorer."""
         pairs, num_samples = self._pairs(start_frame, end_frame)
         return {
             MOTION.name: asdict(score_motion.summarise(pairs, num_samples)),
-            TEXT.name: asdict(score_text.summarise(self.coverages.within(start_frame, end_frame))),
+            TEXT.name: asdict(score_text.summarise(self.coverages.within(start_frame, end_frame), text.present_min)),
             TECHNICAL.name: score_technical.summarise(self.technical.within(start_frame, end_frame)),
         }
 
-    def _pairs(self, start: int, end: int) -> tuple[list[float], int]:
+    def _pairs(self, start: int, end: int) -> tuple[list[PairMotion], int]:
         """Motion of the pairs inside a clip, and how many samples they are of."""
         inside = self.flows.between(start, end)
         pairs = [flow for flow in inside[1:] if flow is not None]  # the first reaches into the clip before
@@ -208,7 +209,9 @@ class Measurements:
 
 
 class ClipScorers:
-    """Takes every frame of a medium, or of a part of it, with its numbers, and measures the samples among them."""
+    """Takes every frame of a medium, or of a part of it, with its numbers, and measures the samples among them for the
+    score tables asked for.
+    """
 
     def __init__(
         self,
@@ -217,15 +220,18 @@ class ClipScorers:
         technical: score_technical.TechnicalConfig,
         size: tuple[int, int],
         least_cut_s: float,
+        tables: Collection[str] = (MOTION.name, TEXT.name, TECHNICAL.name),
     ) -> None:
-        self._specs = {MOTION.name: motion.samples, TEXT.name: text.samples, TECHNICAL.name: technical.samples}
+        declared = {MOTION.name: motion.samples, TEXT.name: text.samples, TECHNICAL.name: technical.samples}
+        self._specs = {table: spec for table, spec in declared.items() if table in tables}
         self._pickers = {spec: Picker(spec, *size, least_cut_s) for spec in self._specs.values()}
         self._motion = score_motion.MotionScorer(motion)
         self._text_config = text
-        self._text = score_text.TextScorer(text)
+        self._text: score_text.TextScorer | None = None  # of the period
         self._technical = score_technical.TechnicalScorer(technical)
         self._last_motion: Sample | None = None
-        self._period = 0
+        self._last_technical: Sample | None = None
+        self._period = -1
         self.measurements = Measurements()
 
     def see(self, index: int, frame: Frame, numbers: FrameNumbers, *, leads_in: bool = False) -> None:
@@ -247,16 +253,23 @@ class ClipScorers:
         return self.measurements
 
     def _lead_in(self, spec: SampleSpec, pick: Pick) -> None:
-        if pick.kind == "regular" and spec == self._specs[MOTION.name]:
+        if pick.kind == "regular" and spec == self._specs.get(MOTION.name):
             self._last_motion = pick.sample
+        if pick.kind == "regular" and spec == self._specs.get(TECHNICAL.name):
+            self._last_technical = pick.sample
 
     def _measure(self, spec: SampleSpec, pick: Pick) -> None:
         found = self.measurements
-        if spec == self._specs[TEXT.name]:
-            found.coverages.put(pick, self._text_of(pick).coverage(pick.sample.image))
-        if spec == self._specs[TECHNICAL.name]:
-            found.technical.put(pick, self._technical.measure(pick.sample.image))
-        if spec == self._specs[MOTION.name] and pick.kind == "regular":
+        if spec == self._specs.get(TEXT.name):
+            coverage = self._text_of(pick).coverage(pick.sample.image)
+            found.coverages.put(pick, score_text.SampleCoverage(pick.sample.seconds, coverage))
+        if spec == self._specs.get(TECHNICAL.name):
+            is_regular = pick.kind == "regular"
+            found.technical.put(
+                pick, self._technical.measure(pick.sample, self._last_technical if is_regular else None)
+            )
+            self._last_technical = pick.sample if is_regular else self._last_technical
+        if spec == self._specs.get(MOTION.name) and pick.kind == "regular":
             before, self._last_motion = self._last_motion, pick.sample
             found.flows.put(pick.frame, self._motion.pair(before, pick.sample) if before else None)
             if pick.since:
@@ -268,6 +281,6 @@ class ClipScorers:
         if pick.kind != "regular":
             return score_text.TextScorer(self._text_config)
         period = int(pick.sample.seconds // PERIOD_S)
-        if period != self._period:
+        if self._text is None or period != self._period:
             self._period, self._text = period, score_text.TextScorer(self._text_config)
         return self._text

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from av.video.frame import VideoFrame
+from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
 from pipeline.decode import Image, Size
@@ -20,20 +21,43 @@ BT601_WEIGHTS = (0.299, 0.114)
 
 
 def sketched(raw: VideoFrame, size: Size) -> Image | None:
-    """A decoded frame -> BGR uint8 of (width, height), not turned; None for formats other than planar YUV.
+    """A decoded frame of standard range -> BGR uint8 of (width, height), not turned; None where `sampled` gives none."""
+    import cv2
+
+    planes = sampled(raw, size)
+    if planes is None:
+        return None
+    bits = PLANAR_BITS[raw.format.name]
+    is_full = raw.format.name.startswith("yuvj") or int(raw.color_range) == FULL_RANGE
+    bgr = cv2.transform(cv2.merge(planes), bgr_matrix(int(raw.colorspace), is_full, bits))
+    return np.minimum(bgr, 255).astype(np.uint8, copy=False)
+
+
+def small_frame(raw: VideoFrame, size: Size, reformatter: VideoReformatter) -> VideoFrame | None:
+    """A large decoded frame of 10 bits -> a small one with all that is said of its colours and light, to be converted in
+    its stead; None for other formats.
+    """
+    planes = sampled(raw, size)
+    if planes is None or PLANAR_BITS[raw.format.name] != 10:
+        return None
+    width, height = size
+    # For the sake of its side data, which can only be copied this way: its pixels are replaced.
+    small = reformatter.reformat(raw, width, height, "yuv444p10le", interpolation=Interpolation.POINT, threads=1)
+    for plane, values in zip(small.planes, planes, strict=True):
+        rows = np.zeros((plane.height, plane.line_size // 2), "<u2")
+        rows[:, : plane.width] = values
+        plane.update(rows.tobytes())
+    return small
+
+
+def sampled(raw: VideoFrame, size: Size) -> list[NDArray[np.integer[Any]]] | None:
+    """A decoded frame -> luma and both chroma, [height, width] each, not turned; None for formats other than planar YUV.
 
     Each pixel is interpolated at the place at which `cv2.resize` to twice this size interpolates every other one of
     its pixels, so that fine patterns alias the same way here and there.
     """
-    import cv2
-
     bits = PLANAR_BITS.get(raw.format.name)
-    if bits is None:
-        return None
-    planes = [_sampled(plane, size) for plane in _planes(raw, bits)]
-    is_full = raw.format.name.startswith("yuvj") or int(raw.color_range) == FULL_RANGE
-    bgr = cv2.transform(cv2.merge(planes), bgr_matrix(int(raw.colorspace), is_full, bits))
-    return np.minimum(bgr, 255).astype(np.uint8, copy=False)
+    return None if bits is None else [_sampled(plane, size) for plane in _planes(raw, bits)]
 
 
 def _planes(raw: VideoFrame, bits: int) -> list[NDArray[np.integer[Any]]]:

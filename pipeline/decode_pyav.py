@@ -19,7 +19,7 @@ from av.video.reformatter import ColorPrimaries, ColorTrc, Interpolation, VideoR
 from av.video.stream import VideoStream
 
 from pipeline.decode import FALLBACK_FPS, Frame, Image, Size, VideoReader, check_pixels, turned
-from pipeline.decode_planes import sketched
+from pipeline.decode_planes import sketched, small_frame
 from schemas.errors import RowError
 
 PLAYLISTS = frozenset({"concat", "hls", "applehttp", "dash", "imf", "sdp", "rtsp", "webm_dash_manifest"})
@@ -50,11 +50,13 @@ class PyavFrame(Frame):
         return (height, width) if int(self._raw.rotation) % 180 else (width, height)
 
     def sketch(self, size: Size) -> Image | None:
-        """From the planes, as they are stored: neither turned nor, which is why there is none of HDR, toned down."""
-        if int(self._raw.color_trc) in HDR_TRANSFERS:
-            return None
+        """From the planes, not turned."""
         width, height = size
-        return sketched(self._raw, (height, width) if int(self._raw.rotation) % 180 else size)
+        stored = (height, width) if int(self._raw.rotation) % 180 else size
+        if int(self._raw.color_trc) not in HDR_TRANSFERS:
+            return sketched(self._raw, stored)
+        small = small_frame(self._raw, stored, _reformatter("small"))
+        return None if small is None else converted(small, _reformatter("sketch"))
 
 
 class PyavReader(VideoReader):
@@ -241,8 +243,13 @@ def shown(raw: VideoFrame) -> Image:
     """A decoded frame -> the picture as shown. Bicubic chroma, as OpenCV converts, so that scene cuts equal those of
     PySceneDetect on OpenCV; HDR is toned down to the standard range, without which it looks like fog.
     """
+    return turned(converted(raw, _reformatter("whole")), raw.rotation)
+
+
+def converted(raw: VideoFrame, reformatter: VideoReformatter) -> Image:
+    """A decoded frame -> BGR, not turned."""
     hdr = int(raw.color_trc) in HDR_TRANSFERS
-    shown = _reformatter().reformat(
+    bgr = reformatter.reformat(
         raw,
         format="bgr24",
         interpolation=Interpolation.BICUBIC,
@@ -250,20 +257,20 @@ def shown(raw: VideoFrame) -> Image:
         dst_color_primaries=ColorPrimaries.BT709 if hdr else None,
         threads=1,
     )
-    return turned(np.asarray(shown.to_ndarray(), np.uint8), raw.rotation)
+    return np.asarray(bgr.to_ndarray(), np.uint8)
 
 
 def _ends_early(reached_s: float, stated_s: float) -> bool:
     return stated_s - reached_s > max(SLOPPY_END_S, SLOPPY_END_RATIO * stated_s)
 
 
-def _reformatter() -> VideoReformatter:
-    """One for all readers of a thread: the tables of one kind of video are kept until another kind comes. Those of HDR
-    take seconds to make.
+def _reformatter(use: str) -> VideoReformatter:
+    """One for all readers of a thread and each use: the tables of one kind of video are kept until another kind comes.
+    Those of HDR take seconds to make.
     """
-    if not hasattr(_of_thread, "reformatter"):
-        _of_thread.reformatter = VideoReformatter()
-    kept: VideoReformatter = _of_thread.reformatter
+    if not hasattr(_of_thread, use):
+        setattr(_of_thread, use, VideoReformatter())
+    kept: VideoReformatter = getattr(_of_thread, use)
     return kept
 
 

@@ -10,6 +10,7 @@ from array import array
 from bisect import bisect_left
 from dataclasses import dataclass
 from fractions import Fraction
+from math import ceil
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,17 +22,23 @@ if TYPE_CHECKING:
     from scenedetect import FrameTimecode
 
 
+ROUNDING_S = 1e-6
+ROUNDING_PARTS = 1e-6  # a scene of just the longest length is one part
+
+
 class SegmentationConfig(Config):
     """The detectors and their settings."""
 
     content_threshold: float = Field(27.0, gt=0)  # ours: the paper is silent, this is PySceneDetect's default
     fade_threshold: int = Field(12, ge=0, le=255)  # ours, likewise; mean of the 8-bit channels
     min_scene_len_frames: int = Field(15, ge=0)  # ours, likewise
+    max_scene_s: float | None = Field(None, ge=2.0)  # a longer scene is divided into equal clips; None keeps it whole
 
     @property
     def segmentation_id(self) -> str:
         """Hash of the detectors and their settings."""
-        return short_hash({"family": "segmentation", "version": 1, **self.model_dump(mode="json")})
+        settings = self.model_dump(mode="json", exclude_none=True)
+        return short_hash({"family": "segmentation", "version": 1, **settings})
 
 
 @dataclass(frozen=True)
@@ -49,13 +56,15 @@ class FrameNumbers:
     """What cuts are decided by. `score` is the change since the last frame and `mean` the brightness, both 0 to 255;
     None where a frame is not analysed, because its size is not that of the first.
 
-    `candidate`: the score reaches the threshold of cuts. `dark`: the mean is below the threshold of fades.
+    `candidate`: the score reaches the threshold of cuts. `dark`: the mean is below the threshold of fades. `repeats`: the
+    frame shows the same as the last one, which no cut is decided by.
     """
 
     score: float | None
     mean: float | None
     candidate: bool = False
     dark: bool = False
+    repeats: bool = False
 
 
 class SceneCutter:
@@ -70,6 +79,7 @@ class SceneCutter:
         from scenedetect.detector import FlashFilter
 
         self._fps = fps
+        self._max_scene_s = config.max_scene_s
         self._content = FlashFilter(FlashFilter.Mode.MERGE, config.min_scene_len_frames)
         self._fade = ThresholdDetector(config.fade_threshold, min_scene_len=config.min_scene_len_frames)
         self._cuts: list[FrameTimecode] = []
@@ -111,11 +121,25 @@ class SceneCutter:
 
     def spans(self, end_s: float) -> list[Span]:
         """All clips of the video, without gap or overlap. `end_s` is the time at which the last frame ends."""
-        starts = [0, *self.cuts()]
+        starts = self._divided([0, *self.cuts()], end_s)
         starts_ms = [round(self._times[start] * 1000) for start in starts]
         ends = [*starts[1:], self.num_frames]
         ends_ms = [*starts_ms[1:], max(round(end_s * 1000), starts_ms[-1])]
         return [Span(*edges) for edges in zip(starts, ends, starts_ms, ends_ms, strict=True)]
+
+    def _divided(self, starts: list[int], end_s: float) -> list[int]:
+        """First frames of scenes -> those of clips: a scene longer than the longest allowed is cut into equal parts."""
+        if self._max_scene_s is None:
+            return starts
+        ends_s = [*(self._times[start] for start in starts[1:]), end_s]
+        found = set(starts)
+        for start, scene_end_s in zip(starts, ends_s, strict=True):
+            begin_s = self._times[start]
+            length_s = scene_end_s - begin_s
+            num_parts = ceil(length_s / self._max_scene_s - ROUNDING_PARTS)
+            edges_s = (begin_s + length_s * part / num_parts for part in range(1, num_parts))
+            found.update(bisect_left(self._times, edge_s - ROUNDING_S) for edge_s in edges_s)
+        return sorted(found - {self.num_frames})
 
 
 def _is_exact(cut: "FrameTimecode") -> bool:

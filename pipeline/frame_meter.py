@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.decode import Frame, Image, Size
 from pipeline.detect_scenes import FrameNumbers, SegmentationConfig
+from pipeline.score_technical import is_repeat, repeat_lines
 
 ANALYSED_LONG_EDGE_PX = 256  # SceneManager's automatic downscale: the longer side becomes this long
 SKETCH_LEAST_PX = 640 * 360  # smaller frames are converted whole in the time that a sketch takes
@@ -39,8 +40,9 @@ class FrameMeter:
             return FrameNumbers(None, None)
         seen = _Seen(frame)
         score, mean = self._score(self._before, seen), self._mean(seen)
+        repeats = self._before is not None and is_repeat(self._before.lines, seen.lines)
         self._before = seen
-        return FrameNumbers(score, mean, score >= self._cut_threshold, mean < self._fade_threshold)
+        return FrameNumbers(score, mean, score >= self._cut_threshold, mean < self._fade_threshold, repeats)
 
     def _score(self, before: "_Seen | None", seen: "_Seen") -> float:
         if before is None:
@@ -85,6 +87,10 @@ class _Seen:
     @cached_property
     def analysed(self) -> Image:
         return analysed(self._frame.bgr())
+
+    @cached_property
+    def lines(self) -> Image:
+        return repeat_lines(self.analysed if self.sketch is None else self.sketch)
 
     @cached_property
     def hsv(self) -> Image:

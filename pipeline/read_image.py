@@ -20,6 +20,7 @@ from schemas.errors import RowError
 EXIF_ORIENTATION = 0x0112
 TURNED_DEG = {3: 180, 4: 180, 5: 90, 6: 270, 7: 270, 8: 90}  # EXIF orientation -> counter-clockwise rotation
 WHITE = (255, 255, 255)
+ROWS_AT_ONCE = 256
 BROKEN_PICTURE = (
     OSError, SyntaxError, ValueError, EOFError, RuntimeError, IndexError, KeyError, TypeError, OverflowError, struct.error,
     zlib.error,
@@ -124,8 +125,13 @@ def _to_bgr(picture: Pillow.Image) -> Image:
 
 
 def _eight_bit(values: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """Grey values of more than 8 bits -> 0 to 255. Wider integers hold 16-bit values unless they exceed them."""
-    wide = values.astype(np.float64)
-    top = 1.0 if values.dtype.kind == "f" and wide.max(initial=0) <= 1.0 else 65535.0
-    top = max(top, float(wide.max(initial=0)))
-    return np.rint(np.clip(wide / top, 0, 1) * 255).astype(np.uint8)
+    """Grey values of more than 8 bits, [height, width] -> 0 to 255. Wider integers hold 16-bit values unless they exceed
+    them; what is no number is black. Some rows at a time: as floats the largest pictures would not fit into memory.
+    """
+    most = float(np.max(values, initial=0, where=np.isfinite(values)))
+    top = 1.0 if values.dtype.kind == "f" and most <= 1.0 else max(65535.0, most)
+    grey = np.empty(values.shape, np.uint8)
+    for row in range(0, len(values), ROWS_AT_ONCE):
+        wide = np.nan_to_num(values[row : row + ROWS_AT_ONCE].astype(np.float64), posinf=top, neginf=0.0)
+        grey[row : row + ROWS_AT_ONCE] = np.rint(np.clip(wide / top, 0, 1) * 255)
+    return grey

@@ -8,7 +8,7 @@ There is one evaluator, over columns, because engines disagree about exactly the
 """
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Annotated, Literal, Self
@@ -21,8 +21,9 @@ from pydantic import AfterValidator, Field, model_validator
 
 from schemas.captions import CAPTION_SCORES
 from schemas.clips import CLIPS
+from schemas.errors import ConfigError
 from schemas.recipe import Config, later_option
-from schemas.scores import AESTHETIC, DUPLICATE, MOTION, RESOLUTION, TECHNICAL, TEXT
+from schemas.scores import AESTHETIC, DUPLICATE, MOTION, PREFIX, RESOLUTION, TECHNICAL, TEXT, own_family
 from schemas.table import Table
 
 Kind = Literal["image", "video"]
@@ -94,6 +95,22 @@ class ScorerPins(Config):
     aesthetic: str | None = later_option(None)
     duplicate: str | None = later_option(None)
     caption: str | None = later_option(None)
+    families: dict[str, str] = later_option({})
+    """The same for families that users added."""
+
+    def of(self, family: str) -> str | None:
+        """The scorer of a family."""
+        pin: str | None = getattr(self, family) if family in _PINNED else self.families.get(family)
+        return pin
+
+    def pinned(self, pins: Mapping[str, str]) -> "ScorerPins":
+        """These, with scorers by family in the place of what was said of them."""
+        own = {family: pin for family, pin in pins.items() if family not in _PINNED}
+        known = {family: pin for family, pin in pins.items() if family in _PINNED}
+        return self.model_copy(update={**known, "families": {**self.families, **own}})
+
+
+_PINNED = frozenset(ScorerPins.model_fields) - {"families"}
 
 
 class CurateRecipe(Config):
@@ -128,6 +145,10 @@ class CurateRecipe(Config):
     caption_repetition: Bounds | None = later_option(None)
     caption_problems: Bounds | None = later_option(None)
     caption_similarity: Bounds | None = later_option(None)
+
+    families: dict[str, dict[str, Bounds]] = later_option({})
+    """Bounds by family and column, as in `[families.blue.blue_ratio]`: of families that users added, or of columns that
+    have no section of their own. Asked last, in order of their names."""
 
 
 SPLIT = "split"
@@ -220,7 +241,27 @@ def rules_of(recipe: CurateRecipe) -> list[Rule]:
                 for other, interval in sorted((bounds.rescue or {}).items())
             )
             rules.append(Rule(name, family, column, bounds.low, bounds.high, bounds.kinds, rescue))
+    for name, columns in sorted(recipe.families.items()):
+        family = _family(name, columns)
+        for column, bounds in sorted(columns.items()):
+            if bounds.rescue:
+                raise ConfigError(f"families.{name}.{column}: a rule of this form has no rescue")
+            rules.append(Rule(f"{name}.{column}", family, column, bounds.low, bounds.high, bounds.kinds))
     return rules
+
+
+def _family(name: str, columns: Collection[str]) -> Table:
+    """A family by name, with the columns asked for: what a user added is known to the lake alone, which is asked later.
+
+    Raises: ConfigError if a family that is known has no such score.
+    """
+    known = {table.name: table for table, _ in SCORES.values() if table is not CLIPS}.get(PREFIX + name)
+    if known is None:
+        return own_family(name, "what a user added", dict.fromkeys(columns, "a score"))
+    scores = [column.name for column in known.columns if column.type == pa.float32()]
+    if strange := sorted(set(columns) - set(scores)):
+        raise ConfigError(f"families.{name}: there is no score {', '.join(strange)}; there are: {', '.join(scores)}")
+    return known
 
 
 def asked(rules: Sequence[Rule]) -> list[Rule]:
@@ -245,10 +286,10 @@ def is_one_of(kinds: Sequence[Kind], kind: pa.ChunkedArray) -> Mask:
     found = kind.combine_chunks()
     if not pa.types.is_dictionary(found.type):
         found = found.dictionary_encode()
-    asked = np.array([name in kinds for name in found.dictionary.to_pylist()] + [False])  # the last for nulls
-    if asked[:-1].all() and not found.null_count:
+    wanted = np.array([name in kinds for name in found.dictionary.to_pylist()] + [False])  # the last for nulls
+    if wanted[:-1].all() and not found.null_count:
         return np.ones(len(found), np.bool_)
-    mask: Mask = asked[pc.fill_null(found.indices, len(found.dictionary)).to_numpy()]
+    mask: Mask = wanted[pc.fill_null(found.indices, len(found.dictionary)).to_numpy()]
     return mask
 
 

@@ -7,6 +7,7 @@ cut nor a scorer asks for are not even converted.
 
 import os
 import time
+from array import array
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +15,13 @@ from typing import Any, Literal
 from pydantic import Field
 
 from pipeline import score_motion, score_resolution, score_technical, score_text
-from pipeline.clip_scorers import ClipScorers, Measurements
-from pipeline.decode import MICROSECOND, Frame, Size, check_decoder
+from pipeline.clip_scorers import ClipScorers
+from pipeline.decode import FALLBACK_FPS, MICROSECOND, Frame, check_decoder
 from pipeline.detect_scenes import FrameNumbers, SegmentationConfig, Span
 from pipeline.failures import FailureBound
 from pipeline.media_limits import MediaLimits
-from pipeline.scan_video import scan_video
+from pipeline.scan_video import Part, scan_video
+from pipeline.score_technical import repeated_ratio
 from schemas.identity import clip_id
 from schemas.recipe import Config, short_hash
 from schemas.scores import MOTION, RESOLUTION, TECHNICAL, TEXT
@@ -48,6 +50,8 @@ class ScanConfig(Config):
     """Everything that one pass does."""
 
     decoder: str = "pyav"
+    # Measured besides resolution. What is left out costs nothing now and another pass when it is wanted.
+    families: tuple[Literal["motion", "text", "technical"], ...] = ("motion", "text", "technical")
     segmentation: SegmentationConfig = SegmentationConfig()
     motion: score_motion.MotionConfig = score_motion.MotionConfig()
     text: score_text.TextConfig = score_text.TextConfig()
@@ -63,12 +67,14 @@ class ScanConfig(Config):
     @property
     def scorer_ids(self) -> dict[str, str]:
         """Score table -> the id of the scorer that fills it."""
-        return {
+        ids = {
             RESOLUTION.name: score_resolution.SCORER_ID,
             MOTION.name: self.motion.scorer_id,
             TEXT.name: self.text.scorer_id,
             TECHNICAL.name: self.technical.scorer_id,
         }
+        measured = {RESOLUTION.name, *(f"score_{family}" for family in self.families)}
+        return {table: scorer_id for table, scorer_id in ids.items() if table in measured}
 
     @property
     def scan_id(self) -> str:
@@ -104,7 +110,8 @@ def scan_medium(path: Path, media_id: str, kind: Literal["video", "image"], conf
     tables: dict[str, list[Row]] = {table: [] for table in config.scorer_ids}
     for clip, values in zip(clips, scores, strict=True):
         for table, row in values.items():
-            tables[table].append({"clip_id": clip["clip_id"], "scorer_id": config.scorer_ids[table], **row})
+            if table in tables:
+                tables[table].append({"clip_id": clip["clip_id"], "scorer_id": config.scorer_ids[table], **row})
     scan = {
         "media_id": media_id,
         "scan_id": config.scan_id,
@@ -139,20 +146,32 @@ def _scan_image(path: Path, config: ScanConfig) -> tuple[list[Span], list[dict[s
 
     image = read_image(path, config.limits.max_pixels, config.limits.max_pictures).bgr
     frame = Frame(0, 0, MICROSECOND, lambda: image)
-    scorers = ClipScorers(config.motion, config.text, config.technical, frame.size, 0.0)
+    scorers = ClipScorers(config.motion, config.text, config.technical, frame.size, 0.0, config.scorer_ids)
     scorers.see(0, frame, FrameNumbers(0.0, None))
     span = Span(0, 1, 0, 0)
-    return [span], [_scores(span, scorers.finish(), frame.size, None)], "pillow", 1
+    part = Part(frame.size, FALLBACK_FPS, MICROSECOND, "pillow", array("q", [0]), [FrameNumbers(0.0, None)])
+    part.measurements = scorers.finish()
+    return [span], [_scores(span, part, config, None, path)], "pillow", 1
 
 
 def _scan_video(path: Path, config: ScanConfig) -> tuple[list[Span], list[dict[str, Row]], str, int]:
     check_decoder(config.decoder)
     video = scan_video(path, config)
     spans = video.spans(config.segmentation)
-    scores = [_scores(span, video.measurements, video.size, (span.end_ms - span.start_ms) / 1000) for span in spans]
+    scores = [_scores(span, video, config, (span.end_ms - span.start_ms) / 1000, path) for span in spans]
     return spans, scores, video.decoder, len(video.pts)
 
 
-def _scores(span: Span, measured: Measurements, size: Size, duration_s: float | None) -> dict[str, Row]:
-    resolution = score_resolution.score_resolution(*size, duration_s)
-    return {RESOLUTION.name: asdict(resolution), **measured.scores(span.start_frame, span.end_frame)}
+def _scores(span: Span, part: Part, config: ScanConfig, duration_s: float | None, path: Path) -> dict[str, Row]:
+    resolution = score_resolution.score_resolution(*part.size, duration_s)
+    measured = part.measurements.scores(span.start_frame, span.end_frame, config.text)
+    num_pixels = part.size[0] * part.size[1] * len(part.pts)
+    technical = {
+        **measured[TECHNICAL.name],
+        "repeated_ratio": repeated_ratio(
+            [numbers.repeats for numbers in part.numbers[span.start_frame : span.end_frame]]
+        ),
+        # Of the whole file, sound and all. A user's decoder may need no file.
+        "bits_per_pixel": path.stat().st_size * 8 / num_pixels if path.is_file() else None,
+    }
+    return {RESOLUTION.name: asdict(resolution), **measured, TECHNICAL.name: technical}

@@ -142,7 +142,7 @@ def scan_part(path: Path, config: "ScanConfig", segment: Segment | None = None) 
         meter = FrameMeter(config.segmentation)
         # FlashFilter counts frame numbers at the nominal rate, rounded.
         least_cut_s = float(max(0, config.segmentation.min_scene_len_frames - 1) / reader.fps)
-        scorers = ClipScorers(config.motion, config.text, config.technical, first.size, least_cut_s)
+        scorers = ClipScorers(config.motion, config.text, config.technical, first.size, least_cut_s, config.scorer_ids)
         num_lead_in = segment.num_lead_in if segment else 0
         for index, frame in enumerate(chain([first], frames), start=-num_lead_in):
             numbers = meter.measure(frame)

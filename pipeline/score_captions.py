@@ -1,7 +1,6 @@
 """Caption scores: what captions of a clip are like, in numbers, so that thresholds can choose among them."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,6 +8,7 @@ from pydantic import Field
 
 from pipeline.caption_checks import repetition
 from pipeline.caption_windows import WindowConfig, window_frames
+from pipeline.clip_model import load_clip
 from pipeline.sandbox import Sandbox
 from pipeline.stage import Rows
 from schemas.captions import CAPTION_SCORES
@@ -40,19 +40,12 @@ class ClipSimilarity:
 
     def __init__(self, folder: str, num_threads: int) -> None:
         import open_clip
-        import torch
 
-        if not (Path(folder) / "open_clip_config.json").is_file():
-            raise ConfigError(f"{folder} holds no CLIP model: there is no open_clip_config.json")
-        torch.set_num_threads(num_threads)
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        name = f"local-dir:{folder}"
+        self._model, self._transform, self._device = load_clip(folder, num_threads)
         try:
-            self._model, self._transform = open_clip.create_model_from_pretrained(name, device=self._device)
-            self._tokenizer = open_clip.get_tokenizer(name)
+            self._tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
         except Exception as error:  # whatever its files make it raise
-            raise ConfigError(f"{folder} holds no CLIP model that loads: {type(error).__name__}: {error}") from error
-        self._model.eval()
+            raise ConfigError(f"{folder} has no tokenizer that loads: {type(error).__name__}: {error}") from error
 
     def __call__(self, pictures: Sequence[np.ndarray], texts: Sequence[str]) -> list[float]:
         """Uint8 RGB pictures (H, W, 3) and texts -> cosines."""

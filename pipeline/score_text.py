@@ -11,14 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pipeline.samples import Image, SampleSpec
+from pipeline.changed_region import STRIDE_PX, Region
+from pipeline.samples import Image, SampleSpec, block_means
 from schemas.errors import ConfigError
 from schemas.recipe import Config, short_hash
 
-STRIDE_PX = 32  # the network's sides are multiples of this
+PART_MAX = 0.8  # of the picture: a part that is larger costs as much as all of it
+MARGIN_PX = 16  # of what did not change around what did: letters are found by their surroundings
 NORMAL_MEAN = np.float32(0.5)
 NORMAL_STD = np.float32(0.5)
-BLOCK_PX = 8
 LINE_HEIGHT_PX = 48  # the recogniser's input
 LINE_WIDTH_PX = 320
 LINE_WIDTH_MAX_PX = 960
@@ -26,6 +27,10 @@ UPRIGHT_RATIO = 1.5  # a polygon this much taller than wide is a line that runs 
 CTC_BLANK = 0
 EDGE_STEP = 12  # change of brightness over two pixels: faint letters have more
 COLOUR_STEP = 32  # change of one channel, for letters as bright as their ground
+
+
+Polygon = NDArray[np.float32]
+"""Four corners [4, (right, down)] in pixels, clockwise from the top left."""
 
 
 class TextConfig(Config):
@@ -41,7 +46,10 @@ class TextConfig(Config):
     characters_min: int = Field(3, ge=1)  # ours
     confidence_min: float = Field(0.5, ge=0, le=1)  # RapidOCR drops lines below it
     edges_min: int = Field(6, ge=0)  # ours: two to a stroke, three strokes to the shortest word; 0 looks everywhere
-    still_tolerance: int = Field(8, ge=0, le=255)  # ours: change of a block's colour that leaves a picture the same
+    still_tolerance: int = Field(8, ge=0, le=255)  # ours: change of a block's colour that leaves it the same
+    waits: int = Field(1, ge=0)  # ours: samples not looked at after one without text
+    present_min: float = Field(0.015, ge=0, le=1)  # ours, measured (docs/experiments/text.md): less is mostly no text
+    scene_change: float = Field(32.0, ge=0)  # ours: mean change of colours that ends such a wait
 
     @property
     def scorer_id(self) -> str:
@@ -50,16 +58,31 @@ class TextConfig(Config):
 
 
 @dataclass(frozen=True)
+class SampleCoverage:
+    """The share of one sample inside text polygons, and when the sample is shown, in seconds."""
+
+    seconds: float
+    coverage: float
+
+
+@dataclass(frozen=True)
 class TextScores:
     """Columns of `score_text`."""
 
     text_coverage_max: float | None
     text_coverage_mean: float | None
+    text_ratio: float | None
+    sample_s: list[float]
+    sample_text_coverage: list[float]
     num_samples: int
 
 
 class TextScorer:
-    """Measures one picture at a time. One that shows the same as the last picture measured is not measured again.
+    """Measures one picture at a time, in order: what did not change since it was last looked at is not looked at again.
+
+    Of a picture that changed in part, only that part is given to the detector, and polygons elsewhere stay. After a picture
+    without text the next one waits, unless it shows another scene: text that nobody could read in half a second may be
+    missed, for half the cost of film without text.
 
     The detector also marks large soft blobs on textured pictures. Lines of text are thin; a thick polygon counts only
     if the recogniser reads at least a short word in it. A picture without edges enough for a word in any line is not looked
@@ -71,54 +94,102 @@ class TextScorer:
 
         self._config = config
         self._detector = load_model(config.detector)
-        self._polygons = DBPostProcess(
+        self._polygons_of = DBPostProcess(
             thresh=config.pixel_threshold,
             box_thresh=config.box_threshold,
             unclip_ratio=config.unclip_ratio,
             use_dilation=True,
         )
-        self._last: tuple[NDArray[np.uint8], float] | None = None
+        self._seen: Image | None = None  # mean colours of every block when it was last looked at
+        self._polygons: list[Polygon] = []
+        self._waited = 0
 
     def coverage(self, image: Image) -> float:
         """BGR uint8 [height, width, 3] -> share of its pixels inside the union of text polygons, 0 to 1."""
         blocks = block_means(image)
-        if self._last is None or not self._same(self._last[0], blocks):
-            self._last = (blocks, self._measure(image))
-        return self._last[1]
+        region = self._region(blocks, image)
+        if region is not None and not self._waits(blocks):
+            self._look(image, blocks, region)
+        return covered_share(self._polygons, image)
 
-    def _same(self, before: NDArray[np.uint8], after: NDArray[np.uint8]) -> bool:
-        import cv2
-
-        return before.shape == after.shape and int(cv2.absdiff(before, after).max()) <= self._config.still_tolerance
-
-    def _measure(self, image: Image) -> float:
-        import cv2
-
-        if most_edges(image) < self._config.edges_min:
-            return 0.0
+    def _region(self, blocks: Image, image: Image) -> Region | None:
+        """The part of a picture that changed; None if there is none."""
         height, width = image.shape[:2]
-        probabilities = _run(self._detector, network_input(image))
-        polygons, _ = self._polygons(probabilities, (height, width))
-        inside = np.zeros((height, width), np.uint8)
-        for polygon in polygons:
-            corners = np.asarray(polygon, np.float32)
-            if self._is_line(corners, min(height, width)) or self._is_readable(image, corners):
-                cv2.fillPoly(inside, [corners.astype(np.int32)], 1)
-        return float(inside.mean(dtype=np.float64))
+        whole = Region(0, 0, width, height)
+        if self._seen is None or self._seen.shape != blocks.shape:
+            self._seen, self._polygons, self._waited = None, [], 0
+            return whole
+        changed = Region.around(_change(self._seen, blocks) > self._config.still_tolerance)
+        if changed is None:
+            return None
+        changed = changed.with_margin(MARGIN_PX)
+        for polygon in self._polygons:
+            if changed.touches(polygon):
+                changed = changed.including(polygon)
+        changed = changed.on_strides(width, height)
+        return changed if changed.num_pixels <= PART_MAX * whole.num_pixels else whole
 
-    def _is_line(self, corners: NDArray[np.float32], short_edge_px: int) -> bool:
+    def _waits(self, blocks: Image) -> bool:
+        if self._seen is None or self._polygons or self._waited >= self._config.waits:
+            return False
+        waits = float(_change(self._seen, blocks).mean()) < self._config.scene_change
+        self._waited += waits
+        return waits
+
+    def _look(self, image: Image, blocks: Image, region: Region) -> None:
+        kept = [polygon for polygon in self._polygons if not region.touches(polygon)]
+        found = self._detect(np.ascontiguousarray(region.of(image)), min(image.shape[:2]))
+        self._polygons = kept + [polygon + np.array([region.left, region.top], np.float32) for polygon in found]
+        if self._seen is None:
+            self._seen = blocks.copy()
+        region.of_blocks(self._seen)[:] = region.of_blocks(blocks)
+        self._waited = 0
+
+    def _detect(self, image: Image, short_edge_px: int) -> list[Polygon]:
+        """A picture, or a part of one whose short edge is given -> corners of its lines of text."""
+        if most_edges(image) < self._config.edges_min:
+            return []
+        probabilities = _run(self._detector, network_input(image))
+        polygons, _ = self._polygons_of(probabilities, image.shape[:2])
+        corners = [np.asarray(polygon, np.float32) for polygon in polygons]
+        return [one for one in corners if self._is_line(one, short_edge_px) or self._is_readable(image, one)]
+
+    def _is_line(self, corners: Polygon, short_edge_px: int) -> bool:
         return min(_sides(corners)) <= self._config.line_height_max * short_edge_px
 
-    def _is_readable(self, image: Image, corners: NDArray[np.float32]) -> bool:
+    def _is_readable(self, image: Image, corners: Polygon) -> bool:
         num_characters, confidence = read_line(load_model(self._config.recogniser), straightened(image, corners))
         return num_characters >= self._config.characters_min and confidence >= self._config.confidence_min
 
 
-def summarise(values: Sequence[float]) -> TextScores:
-    """Coverage of every sample of one clip -> its scores."""
+def covered_share(polygons: Sequence[Polygon], image: Image) -> float:
+    """Polygons and the picture they lie in -> share of its pixels inside their union."""
+    import cv2
+
+    if not polygons:
+        return 0.0
+    inside = np.zeros(image.shape[:2], np.uint8)
+    for polygon in polygons:
+        cv2.fillPoly(inside, [polygon.astype(np.int32)], 1)
+    return float(inside.mean(dtype=np.float64))
+
+
+def summarise(values: Sequence[SampleCoverage], present_min: float) -> TextScores:
+    """Every sample of one clip, in order -> its scores. `present_min` is the coverage from which a sample has text."""
+    seconds, coverages = [value.seconds for value in values], [value.coverage for value in values]
     if not values:
-        return TextScores(None, None, 0)
-    return TextScores(max(values), float(np.mean(values)), len(values))
+        return TextScores(None, None, None, [], [], 0)
+    present = [coverage >= present_min for coverage in coverages]
+    return TextScores(
+        max(coverages), float(np.mean(coverages)), float(np.mean(present)), seconds, coverages, len(values)
+    )
+
+
+def _change(before: Image, after: Image) -> NDArray[np.uint8]:
+    """Mean colours of blocks -> the largest change of a channel in each."""
+    import cv2
+
+    return cv2.absdiff(before, after).max(axis=2)  # type: ignore[no-any-return]
 
 
 def network_input(image: Image) -> NDArray[np.float32]:
@@ -153,15 +224,6 @@ def _edges_along_rows(plane: NDArray[Any], step: int) -> int:
     rising, falling = change >= step, change <= -step
     begins = [side[:, 0] + (side[:, 1:] & ~side[:, :-1]).sum(axis=1) for side in (rising, falling)]
     return int((begins[0] + begins[1]).max())
-
-
-def block_means(image: Image) -> NDArray[np.uint8]:
-    """A picture -> mean colours of its blocks of 8 by 8 pixels: sensor noise is averaged away, a new letter is not."""
-    import cv2
-
-    height, width = image.shape[:2]
-    size = (max(1, width // BLOCK_PX), max(1, height // BLOCK_PX))
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)  # type: ignore[return-value]  # uint8 in, uint8 out
 
 
 def straightened(image: Image, corners: NDArray[np.float32]) -> Image:

@@ -249,6 +249,25 @@ class Lake:
         """SHA-256 over the rows' content, provenance left out: equal for lakes that hold the same."""
         return content_sha256(self.read(table, table.content_columns, at=at), table.content_columns, table.key)
 
+    def table_names(self) -> list[str]:
+        """Names of the tables that were made, in order."""
+        from pyiceberg.exceptions import NoSuchNamespaceError
+
+        catalog = self._open_catalog(create=False)
+        try:
+            return sorted(name[-1] for name in catalog.list_tables(NAMESPACE)) if catalog is not None else []
+        except NoSuchNamespaceError:
+            return []
+
+    def stored_docs(self, name: str) -> tuple[str, dict[str, str]]:
+        """What the catalog says that a table, known by its name alone, and its columns mean."""
+        catalog = self._open_catalog(create=False)
+        assert catalog is not None  # a table of it has a name
+        handle = catalog.load_table((NAMESPACE, name))
+        return handle.properties.get("comment", ""), {
+            column.name: column.doc or "" for column in handle.schema().fields
+        }
+
     def facts(self, table: Table) -> TableFacts:
         """Counts and sizes by the current snapshot's summary, without opening a data file."""
         handle = self._load(table)

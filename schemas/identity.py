@@ -1,9 +1,14 @@
 """Ids that come from content: the same bytes and the same span have the same id on every machine."""
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from schemas.errors import ConfigError
+from schemas.recipe import short_hash
+
 READ_BYTES = 1 << 20
+NOT_THE_MODEL = frozenset({".gitattributes", "README.md", "LICENSE"})
 
 
 def file_digest(path: Path) -> str:
@@ -13,6 +18,26 @@ def file_digest(path: Path) -> str:
         while block := file.read(READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def files_digest(model: str, needed: str) -> str:
+    """A folder -> the hash of its files' names and bytes. Raises: ConfigError if the needed file is not in it."""
+    folder = Path(model)
+    if not (folder / needed).is_file():
+        raise ConfigError(f"{folder} holds no model: there is no {needed}")
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in NOT_THE_MODEL and not _hidden(path.relative_to(folder))
+    )
+    with ThreadPoolExecutor(8) as threads:  # hashing large buffers releases the lock of the interpreter
+        digests = threads.map(file_digest, files)
+        named = zip((path.relative_to(folder).as_posix() for path in files), digests, strict=True)
+        return short_hash(dict(named))
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def media_id(digest: str) -> str:

@@ -66,10 +66,25 @@ def parse_recipe(model: type[C], text: str, source: str, overrides: Sequence[str
         raise ConfigError(f"recipe {source} is not valid TOML: {error}") from error
     for override in overrides:
         _apply_override(values, override)
+    return _validated(model, values, f"recipe {source}")
+
+
+def _validated(model: type[C], values: Mapping[str, Any], source: str) -> C:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"recipe {source} is wrong:\n" + "\n".join(_explain(error, model))) from error
+        raise ConfigError(f"{source} is wrong:\n" + "\n".join(_explain(error, model))) from error
+
+
+def overridden(config: C, overrides: Sequence[str], source: str) -> C:
+    """Options and `path.to.key=value` overrides -> validated options. `source` names them in errors.
+
+    Raises: ConfigError if an override is malformed or does not validate.
+    """
+    values = config.model_dump()
+    for override in overrides:
+        _apply_override(values, override)
+    return _validated(type(config), values, source)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

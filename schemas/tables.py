@@ -5,6 +5,7 @@ from schemas.captions import CAPTION_SCORES, CAPTIONERS, CAPTIONS
 from schemas.checkpoints import CHECKPOINTS
 from schemas.clips import CLIPS, SCANS
 from schemas.curated import CURATED, CURATED_SETS, RECIPES
+from schemas.embeddings import EMBEDDINGS
 from schemas.fingerprints import FINGERPRINTS
 from schemas.generations import GENERATIONS, PREFERENCE_PAIRS, PREFERENCE_SETS
 from schemas.media import LOCATIONS, MEDIA
@@ -23,6 +24,7 @@ TABLES: tuple[Table, ...] = (
     SCANS,
     *FAMILIES,
     AESTHETIC,
+    EMBEDDINGS,
     FINGERPRINTS,
     DUPLICATE,
     RECIPES,

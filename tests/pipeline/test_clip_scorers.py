@@ -13,7 +13,7 @@ from pipeline.clip_scorers import ClipScorers, Measured, Pick, Picker
 from pipeline.decode import MICROSECOND, Frame, Image
 from pipeline.detect_scenes import FrameNumbers, SceneCutter, SegmentationConfig, Span
 from pipeline.frame_meter import FrameMeter
-from pipeline.samples import Sample, SampleSpec
+from pipeline.samples import SampleSpec, take_sample
 from pipeline.score_motion import MotionConfig
 from pipeline.score_technical import TechnicalConfig
 from pipeline.score_text import TextConfig
@@ -83,7 +83,7 @@ def test_flicker_is_not_measured_frame_by_frame() -> None:
 
 def test_values_that_count_where_there_is_no_regular_one() -> None:
     values: Measured[str] = Measured()
-    sample = Sample(texture(1, 64, 48), 0.0)
+    sample = take_sample(texture(1, 64, 48), (64, 48), 0.0)
     for kind, frame in (("regular", 0), ("regular", 20), ("start", 10), ("dark", 5), ("dark", 12), ("start", 14)):
         values.put(Pick(kind, frame, sample), f"{kind}{frame}")  # type: ignore[arg-type]  # a kind, as a string
     assert values.within(0, 6) == ["regular0"]
@@ -161,11 +161,11 @@ def motion(
     for index, (seconds, image) in enumerate(images):
         scorers.see(index, frame_at(seconds, image), CHANGED if index == start_at else STILL)
     measured = scorers.finish()
-    return [measured.scores(*clip)["score_motion"] for clip in clips]
+    return [measured.scores(*clip, TextConfig())["score_motion"] for clip in clips]
 
 
 def test_motion_across_a_cut_does_not_count() -> None:
-    before, after = np.full((64, 64, 3), 60, np.uint8), texture(1, 64, 64)
+    before, after = texture(2, 64, 64), texture(1, 64, 64)
     images = list(zip((0.0, 0.5, 1.0, 1.5), (before, before, after, after), strict=True))
     *parts, whole = motion(images, 2, [(0, 2), (2, 4), (0, 4)])
     for part in parts:
@@ -195,6 +195,6 @@ def test_declarations_that_differ_are_served_each() -> None:
     scorers = ClipScorers(*configs, (64, 64), LEAST_CUT_S)
     for index in range(50):
         scorers.see(index, frame_at(index / 25), STILL)
-    scores = scorers.finish().scores(0, 50)
+    scores = scorers.finish().scores(0, 50, TextConfig())
     counts = [scores[f"score_{family}"]["num_samples"] for family in ("motion", "text", "technical")]
     assert counts == [8, 2, 4]

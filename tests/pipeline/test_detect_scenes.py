@@ -160,9 +160,19 @@ def test_other_settings(tmp_path: Path, config: SegmentationConfig) -> None:
     assert_equal(write_video(tmp_path / "a.mp4", frames), config)
 
 
+def test_long_scenes_are_divided_evenly(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", [*shot(1, 125), *shot(2, 50), *shot(3, 100)])
+    _, whole = ours(path, SegmentationConfig())
+    _, parts = ours(path, SegmentationConfig(max_scene_s=2.0))
+    assert cuts(whole) == [125, 175]
+    assert cuts(parts) == [42, 84, 125, 175, 225]  # of 5 s, 2 s and 4 s
+    assert_whole(parts, 275)
+
+
 def test_the_id_names_the_settings() -> None:
     assert SegmentationConfig().segmentation_id == SegmentationConfig().segmentation_id
     assert SegmentationConfig().segmentation_id != SegmentationConfig(content_threshold=28.0).segmentation_id
+    assert SegmentationConfig().segmentation_id != SegmentationConfig(max_scene_s=5.0).segmentation_id
 
 
 def shared_videos() -> list[Any]:

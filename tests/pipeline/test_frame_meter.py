@@ -164,6 +164,24 @@ def test_a_sketch_shows_the_frame(tmp_path: Path, pix_fmt: str) -> None:
         assert np.abs(sketch.astype(int) - whole[::2, ::2]).max() <= 6
 
 
+@pytest.mark.slow
+def test_a_sketch_of_hdr_is_toned_down_as_the_frame_is(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p10le"
+        context = stream.codec_context
+        context.color_trc, context.color_primaries, context.colorspace, context.color_range = 16, 9, 9, 1
+        for image in shot(5, 2, width=WIDTH, height=HEIGHT):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="bgr24")))
+        container.mux(stream.encode())
+    with open_video(path) as reader:
+        frame = next(iter(reader))
+        sketch, whole = frame.sketch(sketch_size(WIDTH, HEIGHT)), analysed(frame.bgr())
+    assert sketch is not None
+    assert np.abs(sketch.astype(int) - whole[::2, ::2]).mean() <= 3
+
+
 def test_frames_that_decide_nothing_are_not_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frames = [*shot(1, 10, width=WIDTH, height=HEIGHT), *shot(2, 10, width=WIDTH, height=HEIGHT)]
     path = write_video(tmp_path / "a.mp4", frames)

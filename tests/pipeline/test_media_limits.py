@@ -1,7 +1,5 @@
 """What asks for too much is refused by its header where that is true, and by what comes out where it is not."""
 
-import struct
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from pipeline.read_image import read_image
 from pipeline.sandbox import Sandbox
 from pipeline.scan_medium import ScanConfig, ScanLimits, scan_medium
 from schemas.errors import RowError
+from tests.flows.hostile_media import icon, png_bomb
 from tests.pipeline.made_media import shot, write_video
 
 LIMITS = MediaLimits()
@@ -36,23 +35,6 @@ def gif(path: Path, num_frames: int) -> Path:
     frames = [Image.new("L", (8, 8), shade % 256) for shade in range(num_frames)]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=40, optimize=False)
     return path
-
-
-def png_bomb(width: int, height: int) -> bytes:
-    """A valid PNG of one colour: a thousandth of the bytes that it unpacks to."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    packer = zlib.compressobj(9)
-    rows = b"".join(packer.compress(bytes(1 + width // 8)) for _ in range(height)) + packer.flush()
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
-def icon(png: bytes) -> bytes:
-    """An icon whose directory says 16x16 and which holds any PNG."""
-    return struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(png), 22) + png
 
 
 def test_a_picture_that_unpacks_to_too_much_is_refused_before_it_does(tmp_path: Path) -> None:

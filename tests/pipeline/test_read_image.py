@@ -130,3 +130,13 @@ def test_real_pictures() -> None:
     upright = [read_image(media / "image" / f"exif_Landscape_{tag}.jpg").bgr for tag in (1, 6, 8)]
     assert len({picture.shape for picture in upright}) == 1
     assert np.abs(upright[0].astype(int) - upright[1]).mean() < 12
+
+
+def test_floats_that_are_no_numbers_are_black_or_white(tmp_path: Path) -> None:
+    values = np.linspace(0, 1, 600 * 4, dtype=np.float32).reshape(600, 4)
+    values[0, 0], values[300, 1], values[599, 2] = np.nan, np.inf, -np.inf
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    grey = read_image(tmp_path / "a.tif").bgr[:, :, 0]
+    assert (grey[0, 0], grey[300, 1], grey[599, 2]) == (0, 255, 0)
+    kept = np.isfinite(values)
+    assert grey[kept].tolist() == np.rint(values[kept].astype(np.float64) * 255).tolist()

@@ -13,6 +13,7 @@ from PIL import Image as Pillow
 from pipeline.clip_scorers import ClipScorers
 from pipeline.decode import Frame, Image
 from pipeline.detect_scenes import FrameNumbers
+from pipeline.samples import SampleSpec
 from pipeline.sandbox import Sandbox
 from pipeline.scan_medium import ScanConfig, ScanLimits, ScanResult, scan_medium
 from pipeline.score_motion import MotionConfig
@@ -123,10 +124,18 @@ def test_a_single_frame(tmp_path: Path) -> None:
 def test_ids_change_with_what_they_name() -> None:
     plain = ScanConfig()
     assert plain.scan_id == ScanConfig(decoder="opencv", limits=ScanLimits(timeout_s=5)).scan_id
-    flow = ScanConfig(motion=MotionConfig(preset="medium"))
+    flow = ScanConfig(motion=MotionConfig(samples=SampleSpec(fps=4.0)))
     assert flow.scan_id != plain.scan_id
     changed = {name for name, value in flow.scorer_ids.items() if value != plain.scorer_ids[name]}
     assert changed == {"score_motion"}
+
+
+def test_families_left_out(video: Path) -> None:
+    whole = scan_medium(video, MEDIA_ID, "video", ScanConfig())
+    part = scan_medium(video, MEDIA_ID, "video", ScanConfig(families=("technical",)))
+    assert part.clips == whole.clips
+    assert part.scores == {table: whole.scores[table] for table in ("score_resolution", "score_technical")}
+    assert part.scan["scan_id"] != whole.scan["scan_id"]
 
 
 def test_faults(tmp_path: Path, video: Path) -> None:

@@ -66,7 +66,7 @@ def assert_as_one_pass(whole: Part | None, once: Part) -> None:
     assert whole.spans(CONFIG.segmentation) == spans
     for span in spans:
         edges = span.start_frame, span.end_frame
-        assert whole.measurements.scores(*edges) == once.measurements.scores(*edges)
+        assert whole.measurements.scores(*edges, CONFIG.text) == once.measurements.scores(*edges, CONFIG.text)
 
 
 B_FRAMES = {"bf": "3", "b-pyramid": "normal", "g": "40", "preset": "veryfast"}

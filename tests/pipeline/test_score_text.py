@@ -9,19 +9,20 @@ import pytest
 from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
 
+from benchmarks.text import samples, text_frames
 from pipeline.decode import open_video
 from pipeline.read_image import read_image
-from pipeline.samples import Image, shrunk, shrunk_size
-from pipeline.score_text import TextConfig, TextScorer, block_means, model_path, most_edges, summarise
+from pipeline.samples import Image, block_means, shrunk, shrunk_size
+from pipeline.score_text import SampleCoverage, TextConfig, TextScorer, model_path, most_edges, summarise
 from schemas.errors import ConfigError
 from tests.pipeline.made_media import shared_media, texture
 
 WORDS = "The quick brown fox jumps"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def scorer() -> TextScorer:
-    return TextScorer(TextConfig())
+    return TextScorer(TextConfig(waits=0))
 
 
 def written(lines: int, height_px: int = 18) -> tuple[Image, float]:
@@ -66,20 +67,75 @@ def test_tiny_pictures(scorer: TextScorer) -> None:
     assert scorer.coverage(np.zeros((30, 500, 3), np.uint8)) == 0.0
 
 
-def test_only_what_changed_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def looks(scorer: TextScorer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The sizes (width, height) of the parts that the scorer gives to its detector from now on."""
+    sizes: list[tuple[int, int]] = []
+    detect = scorer._detect
+
+    def noted(image: Image, short_edge_px: int) -> list[np.ndarray]:
+        sizes.append((image.shape[1], image.shape[0]))
+        return detect(image, short_edge_px)
+
+    monkeypatch.setattr(scorer, "_detect", noted)
+    return sizes
+
+
+def subtitled(line: str, plain: Image, top: int = 220) -> Image:
+    canvas = Pillow.fromarray(plain)
+    ImageDraw.Draw(canvas).text((60, top), line, font=ImageFont.load_default(16), fill="white")
+    return np.asarray(canvas)
+
+
+def test_what_did_not_change_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = TextScorer(TextConfig())
-    looked: list[Image] = []
+    sizes = looks(scorer, monkeypatch)
+    written_on = subtitled(WORDS, texture(3, 455, 256, low=30, high=90))
+    noisy = np.clip(written_on + np.random.default_rng(0).normal(0, 4, written_on.shape), 0, 255).astype(np.uint8)
+    values = [scorer.coverage(image) for image in (written_on, written_on.copy(), noisy)]
+    assert values[0] > 0.01
+    assert values == [values[0]] * 3
+    assert sizes == [(455, 256)]
 
-    def measure(image: Image) -> float:
-        looked.append(image)
-        return float(len(looked))
 
-    monkeypatch.setattr(scorer, "_measure", measure)
+def test_a_part_that_changed_is_looked_at_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two lines, one of which changes, goes and comes back; the other stays counted throughout."""
     plain = texture(3, 455, 256, low=30, high=90)
-    noisy = np.clip(plain + np.random.default_rng(0).normal(0, 4, plain.shape), 0, 255).astype(np.uint8)
-    assert [scorer.coverage(image) for image in (plain, plain.copy(), noisy)] == [1.0, 1.0, 1.0]
-    subtitled, _ = written(1, 12)
-    assert scorer.coverage(subtitled) == 2.0
+    titled = subtitled(WORDS, plain, top=20)
+    pictures = [titled, *(subtitled(line, titled) for line in (WORDS, "over a very lazy dog")), titled]
+    scorer = TextScorer(TextConfig())
+    sizes = looks(scorer, monkeypatch)
+    found = [scorer.coverage(picture) for picture in pictures]
+    alone = [TextScorer(TextConfig()).coverage(picture) for picture in pictures]
+    assert found == pytest.approx(alone, rel=0.2)
+    assert found[0] == pytest.approx(found[3], rel=0.01)
+    assert min(found[1:3]) > 1.6 * found[0]
+    assert sizes[0] == (455, 256)
+    assert all(width * height < 0.6 * 455 * 256 for width, height in sizes[1:])
+
+
+def test_a_picture_without_text_lets_the_next_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = TextScorer(TextConfig())
+    sizes = looks(scorer, monkeypatch)
+    pan = [np.roll(texture(3, 455, 256), 12 * index, axis=1) for index in range(7)]
+    assert [scorer.coverage(image) for image in pan] == [0.0] * 7
+    assert len(sizes) == 4
+    assert scorer.coverage(subtitled(WORDS, pan[-1])) == 0.0  # half a second is little time to read
+    assert scorer.coverage(subtitled(WORDS, pan[-1])) > 0.01
+    assert len(sizes) == 5
+
+
+def test_another_scene_does_not_wait() -> None:
+    scorer = TextScorer(TextConfig())
+    assert scorer.coverage(texture(3, 455, 256, low=120, high=220)) == 0.0
+    assert scorer.coverage(subtitled(WORDS, texture(4, 455, 256, low=20, high=90))) > 0.01
+
+
+def test_pictures_of_another_size_start_anew() -> None:
+    scorer = TextScorer(TextConfig())
+    image, _ = written(3)
+    assert scorer.coverage(image) > 0.05
+    assert scorer.coverage(np.full((128, 200, 3), 90, np.uint8)) == 0.0
+    assert scorer.coverage(image) > 0.05
 
 
 def test_a_small_line_changes_the_blocks() -> None:
@@ -88,8 +144,11 @@ def test_a_small_line_changes_the_blocks() -> None:
 
 
 def test_clip_scores() -> None:
-    scores = summarise([0.0, 0.2, 0.1])
+    scores = summarise([SampleCoverage(0.0, 0.0), SampleCoverage(0.5, 0.2), SampleCoverage(1.0, 0.1)], 0.1)
     assert (scores.text_coverage_max, scores.text_coverage_mean, scores.num_samples) == (0.2, pytest.approx(0.1), 3)
+    assert (scores.sample_s, scores.sample_text_coverage) == ([0.0, 0.5, 1.0], [0.0, 0.2, 0.1])
+    assert scores.text_ratio == pytest.approx(2 / 3)
+    assert summarise([], 0.1).text_coverage_max is None
 
 
 def test_a_model_that_is_not_there() -> None:
@@ -139,6 +198,23 @@ def test_real_pages_of_text(scorer: TextScorer, file: str) -> None:
 @pytest.mark.parametrize("file", ["mdn_larch.jpg", "wall_Ashim_DSilva.jpg", "ski_coins.png", "red_panda_10mp.jpg"])
 def test_real_photographs(scorer: TextScorer, file: str) -> None:
     assert scorer.coverage(sample(read_image(shared_media() / "image" / file).bgr)) < 0.02
+
+
+@pytest.mark.slow
+def test_real_videos_with_and_without_text() -> None:
+    config = TextConfig()
+    told = [0, 0, 0]
+    for path, stretches in text_frames(shared_media() / "expected.json").items():
+        scorer = TextScorer(config)
+        for taken in samples(path, stretches, config.samples.short_edge_px):
+            found = scorer.coverage(taken.image) >= config.present_min
+            told = [
+                count + one for count, one in zip(told, (found and taken.has_text, found, taken.has_text), strict=True)
+            ]
+    right, num_found, num_true = told
+    assert num_true > 200
+    assert right / num_true >= 0.9
+    assert right / num_found >= 0.9
 
 
 @pytest.mark.parametrize("size_px", [9, 14, 24, 60])
