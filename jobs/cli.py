@@ -160,7 +160,7 @@ def caption(
 @app.command()
 def score(
     family: Annotated[
-        str, typer.Argument(help="caption, aesthetic, or module:name of a scorer of your own. The others are scan's.")
+        str, typer.Argument(help="caption, aesthetic, duplicate, or module:name of your own. The others are scan's.")
     ],
     set_name: Annotated[
         str | None, typer.Argument(metavar="[SET]", help="A curated set; left out, all clips.", show_default=False)
@@ -178,6 +178,17 @@ def score(
     retry_failed: RetryOption = False,
 ) -> None:
     """Score clips that are there by one family more, or the captions of a set, so that recipes can choose by it."""
+    if family == "duplicate":
+        from jobs.score_duplicates import score_duplicates
+        from pipeline.fingerprint_clips import FingerprintConfig
+
+        if captioner or clip or recipe or overrides:
+            raise ConfigError("family duplicate: it takes no --captioner, --clip, --for or --set")
+        compared = score_duplicates(_open(lake), set_name, FingerprintConfig(), retry_failed=retry_failed)
+        text = f"{compared.num_clips} clips compared; fingerprints: {_found(compared, 'made')}"
+        _answer(compared, json, f"score {compared.scorer_id}: {text}")
+        _exit_if(strict and _num_rejected(compared) > 0)
+        return
     if family == "caption":
         from jobs.score import score_captions
         from pipeline.score_captions import CaptionScoreConfig

@@ -18,7 +18,7 @@ from schemas.captions import CAPTION_SCORES
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
 from schemas.errors import ConfigError
-from schemas.scores import AESTHETIC, OWN_COMMON
+from schemas.scores import AESTHETIC, DUPLICATE, OWN_COMMON
 from schemas.table import Table, update_sha256
 
 
@@ -173,6 +173,8 @@ def how_to_fill(table: Table) -> str:
     """What to do about a table that lacks rows, as the beginning of a sentence."""
     if table is CAPTION_SCORES:
         return "Run `outback score caption SET`"
+    if table is DUPLICATE:
+        return "Run `outback score duplicate`"
     if table is AESTHETIC:
         return (
             "Run `outback score aesthetic`, which needs the weights of LAION's predictor and of open_clip's ViT-L/14,"

@@ -23,7 +23,7 @@ from schemas.captions import CAPTION_SCORES
 from schemas.clips import CLIPS
 from schemas.errors import ConfigError
 from schemas.recipe import Config, later_option
-from schemas.scores import AESTHETIC, MOTION, PREFIX, RESOLUTION, TECHNICAL, TEXT, own_family
+from schemas.scores import AESTHETIC, DUPLICATE, MOTION, PREFIX, RESOLUTION, TECHNICAL, TEXT, own_family
 from schemas.table import Table
 
 Kind = Literal["image", "video"]
@@ -93,6 +93,7 @@ class ScorerPins(Config):
     text: str | None = None
     technical: str | None = None
     aesthetic: str | None = later_option(None)
+    duplicate: str | None = later_option(None)
     caption: str | None = later_option(None)
     families: dict[str, str] = later_option({})
     """The same for families that users added."""
@@ -138,6 +139,7 @@ class CurateRecipe(Config):
     colour: Bounds | None = None
     colourfulness: Bounds | None = None
     letterbox: Bounds | None = None
+    duplicate: Bounds | None = later_option(None)
     aesthetic: Bounds | None = later_option(None)
     caption_words: Bounds | None = later_option(None)
     caption_repetition: Bounds | None = later_option(None)
@@ -169,6 +171,7 @@ SCORES: Mapping[str, tuple[Table, str]] = {
     "colour": (TECHNICAL, "monochrome_ratio"),
     "colourfulness": (TECHNICAL, "colourfulness"),
     "letterbox": (TECHNICAL, "letterbox_ratio"),
+    "duplicate": (DUPLICATE, "near"),
     "aesthetic": (AESTHETIC, "aesthetic"),
     "caption_words": (CAPTION_SCORES, "words"),
     "caption_repetition": (CAPTION_SCORES, "repetition"),

@@ -105,6 +105,13 @@ AESTHETIC = _family(
     NUM_SAMPLES,
     SECONDS,
 )
+DUPLICATE = _family(
+    "duplicate",
+    "How like a better clip each is: of two clips the one with more pixels, then the sharper, then the first by id is better.",
+    _score("exact", "1 if all pixels of its sampled frames are those of a better clip, else 0"),
+    _score("near", "share of equal bits of perceptual hashes over time, 0.5 by chance; 0 if no better clip comes near"),
+    Column("duplicate_of", pa.string(), "the better clip most like it; null if none comes near", nullable=True),
+)
 
 FAMILIES = (RESOLUTION, MOTION, TEXT, TECHNICAL)
 

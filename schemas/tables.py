@@ -6,10 +6,11 @@ from schemas.checkpoints import CHECKPOINTS
 from schemas.clips import CLIPS, SCANS
 from schemas.curated import CURATED, CURATED_SETS, RECIPES
 from schemas.embeddings import EMBEDDINGS
+from schemas.fingerprints import FINGERPRINTS
 from schemas.generations import GENERATIONS, PREFERENCE_PAIRS, PREFERENCE_SETS
 from schemas.media import LOCATIONS, MEDIA
 from schemas.runs import ATTEMPTS, RUNS
-from schemas.scores import AESTHETIC, FAMILIES
+from schemas.scores import AESTHETIC, DUPLICATE, FAMILIES
 from schemas.sequences import SEQUENCE_SETS, SEQUENCES
 from schemas.table import Table
 from schemas.texts import TEXTS
@@ -24,6 +25,8 @@ TABLES: tuple[Table, ...] = (
     *FAMILIES,
     AESTHETIC,
     EMBEDDINGS,
+    FINGERPRINTS,
+    DUPLICATE,
     RECIPES,
     CURATED,
     CURATED_SETS,
