@@ -9,34 +9,28 @@ The tag on `curated` is set first and create-only, so of two runs that race for 
 import json
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.abc import MetaPathFinder
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.run import Run, recorded
-from jobs.set_inputs import Input, ScoreReader, how_to_fill
+from jobs.set_inputs import Input, Scored, empty_families, how_to_fill, read_scored
 from jobs.shipped import load_named
 from pipeline.rules import (
     KEPT,
-    SPLIT,
     CurateRecipe,
     FunnelStep,
-    Mask,
     Places,
     Rule,
-    asked,
     explain,
     first_rejections,
     funnel,
-    is_one_of,
     reached,
     rules_of,
-    split_of,
     undecided,
 )
 from schemas.catalog import Lake
@@ -143,7 +137,8 @@ def read_set(lake: Lake, name: str) -> pa.Table:
                 f"set {name!r} was made from another table {table.name}, which has been dropped and remade"
             )
     ids = _members(lake, row["curated_id"], pins[CURATED.name]["snapshot_id"])
-    segmentation_id = set_recipe(lake, name).segmentation_id
+    recipes = lake.read_where(RECIPES, "recipe_id", [row["recipe_id"]], ["recipe"])
+    segmentation_id = json.loads(recipes["recipe"][0].as_py())["segmentation_id"]
     columns = CLIPS.content_columns
     clips = lake.read(CLIPS, columns, at=pins[CLIPS.name]["snapshot_id"])
     wanted = pc.and_(
@@ -194,19 +189,17 @@ def leave_pandas_out() -> None:
 # --- deciding ---
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """Clips with `kind` and the scores that rules read, null where there is none, and by family who has no row at all."""
-
-    inputs: tuple[Input, ...]
-    clips: pa.Table
-    absent: dict[str, Mask]
-
-
 def _evaluate(lake: Lake, recipe: CurateRecipe) -> _Evaluation:
     rules = rules_of(recipe)
-    scored = _read_scored(lake, recipe, rules)
+    empty = empty_families(lake, rules)
+    scored = read_scored(lake, recipe, rules, set(empty))
     first = first_rejections(rules, scored.clips)
+    for table in empty.values():  # which is no lack while no verdict hangs on it
+        if num_open := int(undecided(rules, scored.clips, scored.absent, table.name, first).sum()):
+            raise ConfigError(
+                f"{table.name} is empty, and by this recipe the verdict on {num_open} clips hangs on it. "
+                f"{how_to_fill(table)} first"
+            )
     clips, *scores = scored.inputs
     missing = {item.table.name: _check_coverage(item, recipe.coverage, rules, scored, first) for item in scores}
     pins = {item.table.name.removeprefix("score_"): item.pinned[1] for item in scores}
@@ -228,45 +221,13 @@ def undecided_clips(lake: Lake, recipe: CurateRecipe, family: Table) -> pa.Chunk
     rules = rules_of(recipe)
     if not any(family.name in rule.families for rule in rules):
         raise ConfigError(f"the recipe has no rule that reads {family.name}: it leaves nothing to score for it")
-    unread = {rule.family.name for rule in asked(rules) if rule.name != SPLIT and not lake.facts(rule.family).num_rows}
-    scored = _read_scored(lake, recipe, rules, unread | {family.name})
+    scored = read_scored(lake, recipe, rules, {*empty_families(lake, rules), family.name})
     first = first_rejections(rules, scored.clips, scored.absent)
     mask = undecided(rules, scored.clips, scored.absent, family.name, first)
     return scored.clips["clip_id"].filter(pa.array(mask)).sort()
 
 
-def _read_scored(lake: Lake, recipe: CurateRecipe, rules: Sequence[Rule], unread: Collection[str] = ()) -> _Scored:
-    """What the rules ask about. Families that are `unread` are absent for every clip."""
-    reader = ScoreReader(lake, recipe)
-    clips = reader.clips()
-    joined = pa.table({"clip_id": clips.ids.found, "kind": clips.rows["kind"].combine_chunks()})
-    if recipe.split is not None:
-        joined = joined.append_column(SPLIT, split_of(joined["clip_id"]))
-    inputs, absent = [clips], {}
-    scores = [rule for rule in asked(rules) if rule.name != SPLIT]
-    for table in {rule.family.name: rule.family for rule in scores}.values():
-        wanted = sorted({rule.column for rule in scores if rule.family is table})
-        if table.name in unread:
-            columns = {column: pa.nulls(len(joined), pa.float32()) for column in wanted}
-            absent[table.name] = np.ones(len(joined), np.bool_)
-        else:
-            item = reader.scores(table, wanted)
-            inputs.append(item)
-            columns = {column: item.rows[column] for column in wanted}
-            if item.ids is not clips.ids:  # not every clip was scored, or in another order
-                place = pc.index_in(joined["clip_id"], value_set=item.ids.found)
-                columns = {column: values.take(place) for column, values in columns.items()}
-                absent[table.name] = pc.is_null(place).to_numpy()
-        for column, values in columns.items():
-            joined = joined.append_column(column, values)
-    of_kind = is_one_of(recipe.kinds, joined["kind"])
-    if not of_kind.all():
-        joined = joined.filter(pa.array(of_kind))
-        absent = {name: mask[of_kind] for name, mask in absent.items()}
-    return _Scored(tuple(inputs), joined, absent)
-
-
-def _check_coverage(item: Input, required: float, rules: Sequence[Rule], scored: _Scored, first: Places) -> int:
+def _check_coverage(item: Input, required: float, rules: Sequence[Rule], scored: Scored, first: Places) -> int:
     name = item.table.name
     if name not in scored.absent:
         return 0

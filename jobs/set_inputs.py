@@ -4,15 +4,16 @@ Raises everywhere: ConfigError if a table is empty, or holds several producers a
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.families import is_own
-from pipeline.rules import CurateRecipe
+from pipeline.rules import SPLIT, CurateRecipe, Mask, Rule, asked, is_one_of, split_of
 from schemas.captions import CAPTION_SCORES
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
@@ -52,7 +53,75 @@ class Input:
         return ["clip_id", *self.rows.column_names]
 
 
-class ScoreReader:
+@dataclass(frozen=True)
+class Scored:
+    """Clips with `kind` and the scores that rules read, null where there is none, and by family who has no row at all."""
+
+    inputs: tuple[Input, ...]
+    clips: pa.Table
+    absent: dict[str, Mask]
+
+
+def empty_families(lake: Lake, rules: Sequence[Rule]) -> dict[str, Table]:
+    """The families that rules ask about and that have no rows yet, by name."""
+    families = {rule.family.name: rule.family for rule in asked(rules) if rule.name != SPLIT}
+    return {name: table for name, table in families.items() if lake.snapshot_id(table) is None}
+
+
+def read_scored(lake: Lake, recipe: CurateRecipe, rules: Sequence[Rule], unread: Collection[str] = ()) -> Scored:
+    """What the rules ask about. Families that are `unread` are absent for every clip."""
+    reader = _Reader(lake, recipe)
+    clips = reader.clips()
+    joined = pa.table({"clip_id": clips.ids.found, "kind": clips.rows["kind"].combine_chunks()})
+    if any(rule.name == SPLIT for rule in asked(rules)):
+        joined = joined.append_column(SPLIT, split_of(joined["clip_id"]))
+    inputs, absent = [clips], {}
+    scores = [rule for rule in asked(rules) if rule.name != SPLIT]
+    for table in {rule.family.name: rule.family for rule in scores}.values():
+        wanted = sorted({rule.column for rule in scores if rule.family is table})
+        if table.name in unread:
+            columns = {column: pa.nulls(len(joined), pa.float32()) for column in wanted}
+            absent[table.name] = np.ones(len(joined), np.bool_)
+        else:
+            item = reader.scores(table, wanted)
+            inputs.append(item)
+            columns = {column: item.rows[column] for column in wanted}
+            if item.ids is not clips.ids:  # not every clip was scored, or in another order
+                place = pc.index_in(joined["clip_id"], value_set=item.ids.found)
+                columns = {column: values.take(place) for column, values in columns.items()}
+                absent[table.name] = pc.is_null(place).to_numpy()
+        for column, values in columns.items():
+            joined = joined.append_column(column, values)
+    of_kind = is_one_of(recipe.kinds, joined["kind"])
+    if not of_kind.all():
+        joined = joined.filter(pa.array(of_kind))
+        absent = {name: mask[of_kind] for name, mask in absent.items()}
+    return Scored(tuple(inputs), joined, absent)
+
+
+def how_to_fill(table: Table) -> str:
+    """What to do about a table that lacks rows, as the beginning of a sentence."""
+    if table is CAPTION_SCORES:
+        return "Run `outback score caption SET`"
+    if table is AESTHETIC:
+        return (
+            "Run `outback score aesthetic`, which needs the weights of LAION's predictor and of open_clip's ViT-L/14,"
+        )
+    if is_own(table):
+        return "Run `outback score MODULE:NAME` with the scorer that fills it"
+    return "Run `outback scan`"
+
+
+def check_columns(lake: Lake, table: Table, columns: Sequence[str]) -> None:
+    """Raises: ConfigError if a family that users added is there and has no such columns."""
+    if is_own(table) and lake.uuid(table) is not None:
+        _, held = lake.stored_docs(table.name)
+        if strange := sorted(set(columns) - set(held)):
+            scores = ", ".join(name for name in held if name not in OWN_COMMON)
+            raise ConfigError(f"{table.name} has no score {', '.join(strange)}; it has: {scores}")
+
+
+class _Reader:
     """Reads tables for a recipe, while a thread beside it hashes what was read.
 
     Tables that were written batch by batch alike hold the same ids in the same places: those are sorted and hashed once,
@@ -80,8 +149,7 @@ class ScoreReader:
         """The rows of one producer: the one the recipe names, or else the only one there is."""
         uuid, snapshot_id = self.lake.uuid(table), self.lake.snapshot_id(table)
         if uuid is None or snapshot_id is None:
-            asking = "" if table is CLIPS else ", and the recipe has a rule that asks for it"
-            raise ConfigError(f"{table.name} is empty{asking}. {how_to_fill(table)} first")
+            raise ConfigError(f"{table.name} is empty. {how_to_fill(table)} first")
         by = table.key[1]
         encoded = [by, "kind"] if table is CLIPS else [by]
         rows = self.lake.read(table, ["clip_id", by, *columns], at=snapshot_id, encoded=encoded)
@@ -102,9 +170,8 @@ class ScoreReader:
             if ids.found.equals(found):
                 return ids
         whole = found.combine_chunks()
-        found = (
-            whole if isinstance(whole, pa.ChunkedArray) else pa.chunked_array([whole])
-        )  # beyond 2 GiB chunks stay apart
+        if isinstance(whole, pa.Array):  # beyond 2 GiB chunks stay apart
+            found = pa.chunked_array([whole])
         self.known.append(_Ids(found, self.beside.submit(_in_order, found)))
         return self.known[-1]
 
@@ -122,25 +189,3 @@ def _sha256(ids: _Ids, rest: pa.Table) -> str:
     digest = of_ids.copy()
     update_sha256(digest, rest, order)
     return digest.hexdigest()
-
-
-def how_to_fill(table: Table) -> str:
-    """What to do about a table that lacks rows, as the beginning of a sentence."""
-    if table is CAPTION_SCORES:
-        return "Run `outback score caption SET`"
-    if table is AESTHETIC:
-        return (
-            "Run `outback score aesthetic`, which needs the weights of LAION's predictor and of open_clip's ViT-L/14,"
-        )
-    if is_own(table):
-        return "Run `outback score MODULE:NAME` with the scorer that fills it"
-    return "Run `outback scan`"
-
-
-def check_columns(lake: Lake, table: Table, columns: Sequence[str]) -> None:
-    """Raises: ConfigError if a family that users added is there and has no such columns."""
-    if is_own(table) and lake.uuid(table) is not None:
-        _, held = lake.stored_docs(table.name)
-        if strange := sorted(set(columns) - set(held)):
-            scores = ", ".join(name for name in held if name not in OWN_COMMON)
-            raise ConfigError(f"{table.name} has no score {', '.join(strange)}; it has: {scores}")

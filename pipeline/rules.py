@@ -283,10 +283,10 @@ def is_one_of(kinds: Sequence[Kind], kind: pa.ChunkedArray) -> Mask:
     found = kind.combine_chunks()
     if not pa.types.is_dictionary(found.type):
         found = found.dictionary_encode()
-    asked = np.array([name in kinds for name in found.dictionary.to_pylist()] + [False])  # the last for nulls
-    if asked[:-1].all() and not found.null_count:
+    wanted = np.array([name in kinds for name in found.dictionary.to_pylist()] + [False])  # the last for nulls
+    if wanted[:-1].all() and not found.null_count:
         return np.ones(len(found), np.bool_)
-    mask: Mask = asked[pc.fill_null(found.indices, len(found.dictionary)).to_numpy()]
+    mask: Mask = wanted[pc.fill_null(found.indices, len(found.dictionary)).to_numpy()]
     return mask
 
 

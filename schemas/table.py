@@ -141,56 +141,59 @@ def update_sha256(digest: "hashlib._Hash", rows: pa.Table, order: pa.Array | Non
         values = rows[name]
         kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
         digest.update(f"{name}:{kind};".encode())
-        for part in _canonical_bytes(_Pieces(values, order, kind)):
+        for part in _canonical_bytes(values, kind, order):
             digest.update(part)
 
 
-@dataclass(frozen=True)
-class _Pieces:
-    """A column as arrays of its plain type, a few rows each, in order. Can be gone through several times."""
-
-    values: pa.ChunkedArray
-    order: pa.Array | None
-    kind: pa.DataType
-
-    def __iter__(self) -> Iterator[pa.Array]:
-        if self.order is None:
-            for chunk in self.values.chunks:
-                for start in range(0, len(chunk), PIECE_ROWS):
-                    yield self._plain(chunk.slice(start, PIECE_ROWS))
-        else:
-            whole = self.values.combine_chunks()
-            for start in range(0, len(self.order), PIECE_ROWS):
-                piece = whole.take(self.order.slice(start, PIECE_ROWS))
-                yield self._plain(piece.combine_chunks() if isinstance(piece, pa.ChunkedArray) else piece)
-
-    def _plain(self, piece: pa.Array) -> pa.Array:
-        if not pa.types.is_dictionary(piece.type):
-            return piece
-        if len(piece.dictionary) == 1 and not piece.null_count:
-            return pa.repeat(piece.dictionary[0], len(piece))
-        return piece.cast(self.kind)
-
-
-def _canonical_bytes(pieces: _Pieces) -> Iterator[bytes | memoryview]:
+def _canonical_bytes(
+    values: pa.ChunkedArray, kind: pa.DataType, order: pa.Array | None
+) -> Iterator[bytes | memoryview]:
     """Nulls and values apart, so that what lies under a null, chunk borders and slices cannot change the hash."""
-    yield from (_memory(pc.is_null(piece).cast(pa.uint8())) for piece in pieces)
-    if pa.types.is_nested(pieces.kind):
-        yield repr([value for piece in pieces for value in piece.to_pylist()]).encode()
-    elif pa.types.is_string(pieces.kind) or pa.types.is_binary(pieces.kind) or _is_large(pieces.kind):
-        yield from (_memory(pc.binary_length(_filled(piece))) for piece in pieces)
-        for piece in pieces:
-            filled = _filled(piece)
+    if values.null_count:
+        yield from (_memory(piece.cast(pa.uint8())) for piece in _pieces(pc.is_null(values), order))
+    else:
+        yield bytes(len(values))
+    if pa.types.is_nested(kind):
+        yield repr([value for piece in _pieces(values, order) for value in piece.to_pylist()]).encode()
+    elif pa.types.is_string(kind) or pa.types.is_binary(kind) or _is_large(kind):
+        yield from (_memory(pc.fill_null(piece, 0).cast(pa.int64())) for piece in _pieces(_lengths(values), order))
+        for piece in _pieces(values, order):
+            filled = _filled(piece.cast(kind))
             offsets = memoryview(filled.buffers()[1]).cast("q")
             first, last = offsets[filled.offset], offsets[filled.offset + len(filled)]
             if last > first:
                 yield memoryview(filled.buffers()[2])[first:last]
-    elif pa.types.is_timestamp(pieces.kind):
-        yield from (_memory(pc.fill_null(piece.cast(pa.int64()), 0)) for piece in pieces)
-    elif pa.types.is_boolean(pieces.kind):
-        yield from (_memory(pc.fill_null(piece.cast(pa.uint8()), 0)) for piece in pieces)
+    elif pa.types.is_timestamp(kind):
+        yield from (_memory(pc.fill_null(piece.cast(pa.int64()), 0)) for piece in _pieces(values, order))
+    elif pa.types.is_boolean(kind):
+        yield from (_memory(pc.fill_null(piece.cast(pa.uint8()), 0)) for piece in _pieces(values, order))
     else:
-        yield from (_memory(pc.fill_null(piece, 0)) for piece in pieces)
+        yield from (_memory(pc.fill_null(piece, 0)) for piece in _pieces(values, order))
+
+
+def _pieces(values: pa.ChunkedArray, order: pa.Array | None) -> Iterator[pa.Array]:
+    """A column as arrays of a few rows each, in order."""
+    if pa.types.is_dictionary(values.type) and not values.null_count:
+        whole = values.combine_chunks()
+        if len(whole.dictionary) == 1:  # as many columns are that say who wrote a row: any order is theirs
+            same = pa.repeat(whole.dictionary[0], min(len(whole), PIECE_ROWS))
+            yield from (same.slice(0, len(whole) - start) for start in range(0, len(whole), PIECE_ROWS))
+            return
+    if order is None:
+        for chunk in values.chunks:
+            yield from (chunk.slice(start, PIECE_ROWS) for start in range(0, len(chunk), PIECE_ROWS))
+        return
+    whole = values.combine_chunks()
+    for start in range(0, len(order), PIECE_ROWS):
+        piece = whole.take(order.slice(start, PIECE_ROWS))
+        yield piece.combine_chunks() if isinstance(piece, pa.ChunkedArray) else piece
+
+
+def _lengths(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    if not pa.types.is_dictionary(texts.type):
+        return pc.binary_length(texts)
+    chunks = [pc.binary_length(chunk.dictionary).take(chunk.indices).cast(pa.int64()) for chunk in texts.chunks]
+    return pa.chunked_array(chunks, pa.int64())
 
 
 def _filled(texts: pa.Array) -> pa.Array:

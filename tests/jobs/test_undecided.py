@@ -196,6 +196,23 @@ def test_a_recipe_whose_family_is_absent_says_what_makes_it(tmp_path: Path) -> N
         curate(lake, RESCUED, "x")
 
 
+def test_an_empty_family_is_no_lack_while_no_verdict_hangs_on_it(tmp_path: Path) -> None:
+    lake = Lake(tmp_path / "lake")
+    put(lake, [image(0, edge=100), image(1, text=0.0, colour=0.5)])
+    assert len(undecided_clips(lake, RESCUED, AESTHETIC)) == 0
+    result = curate(lake, RESCUED, "x")
+    assert (result.num_in, result.num_clips) == (2, 1)
+    assert result.recipe.scorers.aesthetic is None
+    assert curate(lake, result.recipe, "x").curated_id == result.curated_id
+
+
+def test_a_split_can_rescue(tmp_path: Path) -> None:
+    lake = Lake(tmp_path / "lake")
+    put(lake, [image(0, edge=100), image(1 << 63, edge=100)])  # at 0 and at a half
+    recipe = CurateRecipe(resolution=Bounds(low=512, rescue={"split": Interval(high=0.1)}))
+    assert curate(lake, recipe, None, dry_run=True).num_clips == 1
+
+
 def test_several_scorers_of_one_family_need_a_pin(tmp_path: Path) -> None:
     lake = Lake(tmp_path / "lake")
     put(lake, [image(0, text=0.5, colour=1.0, aesthetic=4.0)])
