@@ -14,6 +14,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -22,7 +23,7 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.read_frames import moments, read_frames
-from pipeline.samples import Sample, SampleSpec, shrunk_size
+from pipeline.samples import Image, SampleSpec, shrunk_size
 from pipeline.sandbox import Sandbox
 from pipeline.stage import Rows
 from schemas.errors import ConfigError, RowError
@@ -33,6 +34,14 @@ from schemas.table import Table
 Item = Mapping[str, Any]
 Columns = Mapping[str, float | None]
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class ClipSample:
+    """One frame of a clip, BGR uint8 [height, width, 3], and the moment of the medium it was asked for, in seconds."""
+
+    image: Image
+    seconds: float
 
 
 class FrameCount(Config):
@@ -88,11 +97,11 @@ class ClipScorer(ABC, Generic[C]):
         self.config = config
 
     @abstractmethod
-    def score(self, samples: Sequence[Sample]) -> Columns:
+    def score(self, samples: Sequence[ClipSample]) -> Columns:
         """The samples of one clip, at least one, in order -> a finite number or None for every score of the table."""
         ...
 
-    def score_and_keep(self, clip_id: str, samples: Sequence[Sample]) -> tuple[Columns, Rows]:
+    def score_and_keep(self, clip_id: str, samples: Sequence[ClipSample]) -> tuple[Columns, Rows]:
         """As `score`, with the rows of `keeps`."""
         return self.score(samples), {}
 
@@ -159,7 +168,7 @@ def add_to_path(folder: str) -> None:
         sys.path.append(folder)
 
 
-def clip_samples(item: Item, config: ScorerConfig) -> list[Sample]:
+def clip_samples(item: Item, config: ScorerConfig) -> list[ClipSample]:
     """A clip (uri, kind, start_ms, end_ms) -> the samples that a scorer wants of it.
 
     Raises: RowError as the decoders say.
@@ -187,7 +196,7 @@ def clip_samples(item: Item, config: ScorerConfig) -> list[Sample]:
     if item["kind"] != "image":
         seconds = moments(item["start_ms"] / 1000, item["end_ms"] / 1000, fps, num_frames)
     pairs = zip(frames, seconds, strict=False)  # at the end of a damaged file there may be fewer frames
-    return [Sample(np.ascontiguousarray(frame[..., ::-1]), moment) for frame, moment in pairs]
+    return [ClipSample(np.ascontiguousarray(frame[..., ::-1]), moment) for frame, moment in pairs]
 
 
 def checked_columns(table: Table, columns: object) -> dict[str, float | None]:

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.clip_model import CONFIG_FILE, load_clip
-from pipeline.clip_scorer import ClipScorer, Columns, FrameCount, ScoreExecution, ScorerConfig
-from pipeline.samples import Sample
+from pipeline.clip_scorer import ClipSample, ClipScorer, Columns, FrameCount, ScoreExecution, ScorerConfig
 from pipeline.stage import Rows
 from schemas.embeddings import EMBEDDINGS
 from schemas.errors import ConfigError
@@ -74,11 +73,11 @@ class AestheticScorer(ClipScorer[AestheticConfig]):
         self._model, self._transform, self._device = load_clip(str(clip), config.execution.num_cpus)
         self._model_id = files_digest(str(clip), CONFIG_FILE)
 
-    def score(self, samples: Sequence[Sample]) -> Columns:
+    def score(self, samples: Sequence[ClipSample]) -> Columns:
         """Frames of one clip -> the lowest prediction."""
         return {"aesthetic": float(predict(self._layers, self.embed(samples)).min())}
 
-    def score_and_keep(self, clip_id: str, samples: Sequence[Sample]) -> tuple[Columns, Rows]:
+    def score_and_keep(self, clip_id: str, samples: Sequence[ClipSample]) -> tuple[Columns, Rows]:
         """The same, and every frame's embedding."""
         vectors = self.embed(samples)
         rows = [
@@ -93,7 +92,7 @@ class AestheticScorer(ClipScorer[AestheticConfig]):
         ]
         return {"aesthetic": float(predict(self._layers, vectors).min())}, {EMBEDDINGS.name: rows}
 
-    def embed(self, samples: Sequence[Sample]) -> NDArray[np.float32]:
+    def embed(self, samples: Sequence[ClipSample]) -> NDArray[np.float32]:
         """Frames -> CLIP's vectors of unit length [frames, dim]."""
         import torch
         from PIL import Image

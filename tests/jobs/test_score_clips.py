@@ -12,9 +12,8 @@ from jobs.families import own_families
 from jobs.score_clips import _clips, _own_table, score_clips
 from jobs.show import table_reports
 from jobs.sql import run_sql
-from pipeline.clip_scorer import ClipScorer, ScorerConfig
+from pipeline.clip_scorer import ClipSample, ClipScorer, ScorerConfig
 from pipeline.rules import Bounds, CurateRecipe, Interval, ScorerPins, rules_of
-from pipeline.samples import Sample
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
 from schemas.errors import ConfigError
@@ -58,7 +57,7 @@ def made_scorer(table: Table) -> type[ClipScorer[ScorerConfig]]:
     class Made(ClipScorer[ScorerConfig]):
         config_type = ScorerConfig
 
-        def score(self, samples: Sequence[Sample]) -> dict[str, float | None]:
+        def score(self, samples: Sequence[ClipSample]) -> dict[str, float | None]:
             raise NotImplementedError
 
     Made.table = table

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.clip_scorer import (
+    ClipSample,
     ClipScorer,
     FrameCount,
     ScorerConfig,
@@ -19,7 +20,7 @@ from pipeline.clip_scorer import (
     load_scorer,
     scorer_id,
 )
-from pipeline.samples import Sample, SampleSpec
+from pipeline.samples import SampleSpec
 from schemas.errors import ConfigError, RowError
 from schemas.recipe import overridden
 from schemas.scores import own_family
@@ -150,7 +151,7 @@ class Finished(Unfinished):
     table = TABLE
     config_type = ScorerConfig
 
-    def score(self, samples: Sequence[Sample]) -> dict[str, float | None]:
+    def score(self, samples: Sequence[ClipSample]) -> dict[str, float | None]:
         return {"num_lines": 1.0, "length": None}
 
 

@@ -12,8 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from pipeline.clip_scorer import FrameCount, ScoreWorker, scorer_id
-from pipeline.samples import Sample
+from pipeline.clip_scorer import ClipSample, FrameCount, ScoreWorker, scorer_id
 from pipeline.score_aesthetic import AestheticConfig, AestheticScorer, load_layers, predict
 from schemas.catalog import Lake
 from schemas.embeddings import EMBEDDINGS
@@ -64,12 +63,14 @@ def config(tmp_path_factory: pytest.TempPathFactory, predictor: PublishedMLP) ->
     return AestheticConfig(clip=str(folder / "clip"), weights=str(folder / "head.pth"))
 
 
-def pictures(count: int) -> list[Sample]:
+def pictures(count: int) -> list[ClipSample]:
     rng = np.random.default_rng(0)
-    return [Sample(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8), float(index)) for index in range(count)]
+    return [ClipSample(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8), float(index)) for index in range(count)]
 
 
-def reference(config: AestheticConfig, predictor: PublishedMLP, samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:
+def reference(
+    config: AestheticConfig, predictor: PublishedMLP, samples: list[ClipSample]
+) -> tuple[np.ndarray, np.ndarray]:
     """As the authors do it: open_clip's transform of RGB, embeddings over their L2 norm, the module."""
     import open_clip
 
