@@ -29,7 +29,10 @@ from schemas.recipe import overridden, short_hash
 from schemas.scores import OWN_COMMON, PREFIX, own_family
 from schemas.table import Table
 
-BUILT_IN = {"aesthetic": "pipeline.score_aesthetic:AestheticScorer"}
+BUILT_IN = {
+    "aesthetic": "pipeline.score_aesthetic:AestheticScorer",
+    "motion_raft": "pipeline.score_motion_raft:RaftScorer",
+}
 
 
 def score_clips(

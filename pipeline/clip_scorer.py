@@ -27,7 +27,7 @@ from pipeline.sandbox import Sandbox
 from pipeline.stage import Rows
 from schemas.errors import ConfigError, RowError
 from schemas.recipe import Config, short_hash
-from schemas.scores import OWN_COMMON, PREFIX
+from schemas.scores import OWN_COMMON, PREFIX, SECONDS
 from schemas.table import Table
 
 Item = Mapping[str, Any]
@@ -150,7 +150,9 @@ class ScoreWorker:
             found, kept = self.scorer.score_and_keep(item["clip_id"], samples)
             columns, num_samples = checked_columns(self.table, found), len(samples)
         row = {"clip_id": item["clip_id"], "scorer_id": self.scorer_id, **columns, "num_samples": num_samples}
-        return {**kept, self.table.name: [{**row, "seconds": time.perf_counter() - started}]}
+        if SECONDS.name in self.table.names:
+            row[SECONDS.name] = time.perf_counter() - started
+        return {**kept, self.table.name: [row]}
 
 
 def add_to_path(folder: str) -> None:

@@ -4,19 +4,21 @@ Rows go to `score_motion` under another `scorer_id`, which names the weights: bo
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from pipeline.camera_motion import STILL, Flow, PairMotion, pair_motion
+from pipeline.clip_scorer import ClipScorer, Columns, ScorerConfig
 from pipeline.samples import Image, Sample, SampleSpec
-from pipeline.score_motion import steps_between
+from pipeline.score_motion import steps_between, summarise
 from schemas.errors import ConfigError
 from schemas.identity import file_digest
-from schemas.recipe import Config, short_hash
+from schemas.scores import MOTION, OWN_COMMON
 
 STRIDE_PX = 8  # sides that RAFT takes are multiples of this
 LEAST_SIDE_PX = 128  # the coarsest of its correlation volumes would be empty below
@@ -29,7 +31,7 @@ Pairs = NDArray[np.uint8]
 """Pictures, red first: uint8 [pair, before and after, height, width, 3]."""
 
 
-class RaftConfig(Config):
+class RaftConfig(ScorerConfig):
     """Paper: RAFT (Teed and Deng 2020) as the Emu3 report names it; the size of the network is not stated."""
 
     samples: SampleSpec = SampleSpec()
@@ -39,15 +41,10 @@ class RaftConfig(Config):
     iterations: int = Field(12, ge=1)  # torchvision's default
     pairs_at_once: int = Field(8, ge=1)
 
-    @property
-    def scorer_id(self) -> str:
-        """Hash of family, version, parameters and the weights' bytes, wherever they lie.
-
-        Raises: ConfigError if there are no weights.
-        """
-        identity = self.model_dump(mode="json", include={"samples", "size", "iterations"})
-        digest = file_digest(weights_of(self))
-        return short_hash({"family": "motion_raft", "version": 1, **identity, "weights": digest})
+    def identity(self) -> dict[str, Any]:
+        """Parameters, and the weights by their bytes, wherever they lie. Raises: ConfigError if there are no weights."""
+        parameters = self.model_dump(mode="json", include={"samples", "size", "iterations"})
+        return {"flow": "raft", **parameters, "weights": file_digest(weights_of(self))}
 
 
 class FlowNetwork(Protocol):
@@ -58,13 +55,23 @@ class FlowNetwork(Protocol):
         ...
 
 
-class RaftScorer:
+class RaftScorer(ClipScorer[RaftConfig]):
     """Measures consecutive samples, several pairs at once. On CPUs results are the same bits for one number of threads."""
 
-    def __init__(self, config: RaftConfig, network: FlowNetwork) -> None:
-        self._network = network
+    table = MOTION
+    config_type = RaftConfig
+    in_worker = True
+
+    def __init__(self, config: RaftConfig, network: FlowNetwork | None = None) -> None:
+        super().__init__(config)
+        self._network = network or Raft(config)
         self._step_s = 1 / config.samples.fps
         self._pairs_at_once = config.pairs_at_once
+
+    def score(self, samples: Sequence[Sample]) -> Columns:
+        """Samples of one clip -> the columns that DIS has too."""
+        scores = asdict(summarise(list(self.pairs(samples)), len(samples)))
+        return {name: value for name, value in scores.items() if name not in OWN_COMMON}
 
     def pairs(self, samples: Sequence[Sample]) -> Iterator[PairMotion]:
         """Samples of one clip, in order, of one size -> the motion of each pair of neighbours, per sampling step."""
@@ -124,7 +131,8 @@ def weights_of(config: RaftConfig) -> Path:
     found = "no weights are named" if config.weights is None else f"{config.weights} is no file"
     raise ConfigError(
         f"motion_raft needs the weights of raft_{config.size}: {found}. Download {PUBLISHED[config.size]} in "
-        "torchvision.models.optical_flow, and give its path as `weights`; without them `outback scan` measures motion by DIS."
+        "torchvision.models.optical_flow, and give its path by --set weights=PATH; without them `outback scan` measures "
+        "motion by DIS."
     )
 
 

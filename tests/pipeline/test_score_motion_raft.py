@@ -9,10 +9,12 @@ import torch
 from torchvision.models.optical_flow import Raft_Large_Weights, Raft_Small_Weights, raft_small
 
 from pipeline.camera_motion import STILL
+from pipeline.clip_scorer import checked_columns
 from pipeline.samples import Sample, take_sample
 from pipeline.score_motion import summarise
 from pipeline.score_motion_raft import PUBLISHED, Pairs, Raft, RaftConfig, RaftScorer
 from schemas.errors import ConfigError
+from schemas.scores import MOTION, OWN_COMMON
 from tests.pipeline.test_score_motion import HEIGHT, WIDTH, surface, view
 
 
@@ -97,20 +99,30 @@ def test_a_clip_through_the_network(weights: Path) -> None:
     assert all(math.isfinite(value) for pair in runs[0] for value in vars(pair).values())
 
 
+def test_columns_are_those_of_the_scan(weights: Path) -> None:
+    scorer = RaftScorer(RaftConfig(size="small", weights=weights, iterations=1))
+    columns = checked_columns(MOTION, scorer.score([taken(index, index * 0.5, (60, 40)) for index in range(2)]))
+    assert set(columns) | set(OWN_COMMON) == {*MOTION.names, "seconds"}
+    assert None not in columns.values()
+    assert set(checked_columns(MOTION, scorer.score([taken(0, 0.0, (60, 40))])).values()) == {None}
+
+
 def test_the_id_names_the_weights(weights: Path, tmp_path: Path) -> None:
     config = RaftConfig(size="small", weights=weights)
     copied = tmp_path / "elsewhere.pth"
     copied.write_bytes(weights.read_bytes())
-    assert config.scorer_id == RaftConfig(size="small", weights=copied, pairs_at_once=1).scorer_id
-    assert config.scorer_id != RaftConfig(size="small", weights=weights, iterations=3).scorer_id
+    assert config.identity() == RaftConfig(size="small", weights=copied, pairs_at_once=1).identity()
+    assert config.identity() != RaftConfig(size="small", weights=weights, iterations=3).identity()
     copied.write_bytes(weights.read_bytes() + b"more")
-    assert config.scorer_id != RaftConfig(size="small", weights=copied).scorer_id
+    assert config.identity() != RaftConfig(size="small", weights=copied).identity()
 
 
 def test_without_weights(tmp_path: Path) -> None:
     for config in (RaftConfig(), RaftConfig(weights=tmp_path / "none.pth")):
-        for use in (Raft, lambda config: config.scorer_id):
-            with pytest.raises(ConfigError, match=r"raft_large.*raft_large_C_T_SKHT_V2-ff5fadd5\.pth.*`weights`"):
+        for use in (Raft, RaftConfig.identity):
+            with pytest.raises(
+                ConfigError, match=r"raft_large.*raft_large_C_T_SKHT_V2-ff5fadd5\.pth.*--set weights=PATH"
+            ):
                 use(config)
 
 
