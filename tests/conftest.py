@@ -3,6 +3,11 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A machine under load draws examples slowly: that is no fault of what is tested.
+settings.register_profile("outback", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("outback")
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 SETTINGS = ("OUTBACK_LAKE", "OUTBACK_FILES", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
