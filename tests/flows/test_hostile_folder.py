@@ -63,6 +63,7 @@ def nobody() -> Iterator[socket.socket]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_hostile_folder(tmp_path: Path, nobody: socket.socket) -> None:
     good = tmp_path / "good"
     num_good = len(write_good(good))

@@ -127,6 +127,7 @@ def test_killed_worker_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_broken_decoder_does_not_look_like_a_clean_run(tmp_path: Path) -> None:
     folder = tmp_path / "media"
     folder.mkdir()

@@ -39,6 +39,7 @@ def scan(lake: Path, address: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_scan_refuses_or_completes(tmp_path: Path, cluster: Any) -> None:
     media = tmp_path / "media"
     media.mkdir()

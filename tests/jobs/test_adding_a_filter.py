@@ -99,6 +99,7 @@ def test_its_scores_are_true(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_page_as_it_stands(folder: Path) -> None:
     commands = [line for block in blocks("bash") for line in block.splitlines()]
     before = Lake(folder / "lake").snapshot_ids(CLIPS)

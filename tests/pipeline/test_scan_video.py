@@ -89,6 +89,7 @@ def test_segments_are_as_one_pass(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("first_ms", [0, 1500])
 def test_variable_rate_and_a_late_start(tmp_path: Path, first_ms: int) -> None:
     steps = np.random.default_rng(1).choice([40, 170, 250, 380, 2900], SECONDS * FPS, p=[0.2, 0.3, 0.3, 0.19, 0.01])
@@ -122,6 +123,7 @@ def shorter(part: Part) -> Part:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("change", [spoiled, shorter])
 def test_parts_that_do_not_fit_are_not_joined(tmp_path: Path, change: Callable[[Part], Part]) -> None:
     path = write_video(tmp_path / "a.mp4", film(), fps=FPS, options=B_FRAMES)
@@ -151,6 +153,7 @@ def test_short_videos_and_odd_packets_are_not_cut_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_processes_give_the_rows_of_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", film(), fps=FPS, options=B_FRAMES)
     alone = CONFIG.model_copy(update={"limits": ScanLimits(segment_workers=1)})

@@ -192,6 +192,7 @@ def pairs_of(path: Path, threads: int = 1) -> Iterator[PairMotion]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_twenty_runs_on_one_to_four_decoder_threads(tmp_path: Path) -> None:
     picture = surface(3.0)
     frames = [view(picture, 2 * index, index // 2) for index in range(75)]

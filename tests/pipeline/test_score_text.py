@@ -201,6 +201,7 @@ def test_real_photographs(scorer: TextScorer, file: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_real_videos_with_and_without_text() -> None:
     config = TextConfig()
     told = [0, 0, 0]

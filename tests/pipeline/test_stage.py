@@ -149,6 +149,7 @@ print(run_stage(Lake(sys.argv[1]), gated, items("abc"), "run", 1, tell, stall_s=
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_stage_that_stands_still_says_who_holds_what(tmp_path: Path) -> None:
     """The gate opens when the item that waits at it is named: without a watchdog this would never end."""
     done = subprocess.run(
