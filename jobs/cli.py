@@ -121,6 +121,8 @@ def curate(
 
         if (recipe is None) == (name is None):
             raise ConfigError("--explain needs a recipe, or the --name of a set: give one of them")
+        if recipe is None and overrides:
+            raise ConfigError("--set changes a recipe, and that of a set stands: give the recipe and no --name")
         if recipe is None:
             told = explain_in_set(_open(lake), str(name), explain)
         else:
@@ -181,10 +183,12 @@ def score(
     if family == "duplicate":
         from jobs.score_duplicates import score_duplicates
         from pipeline.fingerprint_clips import FingerprintConfig
+        from schemas.recipe import overridden
 
-        if captioner or clip or recipe or overrides:
-            raise ConfigError("family duplicate: it takes no --captioner, --clip, --for or --set")
-        compared = score_duplicates(_open(lake), set_name, FingerprintConfig(), retry_failed=retry_failed)
+        if captioner or clip or recipe:
+            raise ConfigError("family duplicate: it takes no --captioner, --clip or --for")
+        limits = overridden(FingerprintConfig(), tuple(overrides or ()), source="score duplicate")
+        compared = score_duplicates(_open(lake), set_name, limits, retry_failed=retry_failed)
         text = f"{compared.num_clips} clips compared; fingerprints: {_found(compared, 'made')}"
         _answer(compared, json, f"score {compared.scorer_id}: {text}")
         _exit_if(strict and _num_rejected(compared) > 0)

@@ -14,6 +14,7 @@ PLANAR_BITS = {
     **dict.fromkeys(("yuv420p", "yuv422p", "yuv444p", "yuvj420p", "yuvj422p", "yuvj444p"), 8),
     **dict.fromkeys(("yuv420p10le", "yuv422p10le", "yuv444p10le"), 10),
 }
+WARPED_MOST_PX = 32_766
 FULL_RANGE = 2  # AVCOL_RANGE_JPEG
 # Weights of red and blue in luma by AVColorSpace; where a stream states none, swscale takes those of BT.601.
 LUMA_WEIGHTS = {1: (0.2126, 0.0722), 4: (0.30, 0.11), 7: (0.212, 0.087), 9: (0.2627, 0.0593), 10: (0.2627, 0.0593)}
@@ -51,13 +52,16 @@ def small_frame(raw: VideoFrame, size: Size, reformatter: VideoReformatter) -> V
 
 
 def sampled(raw: VideoFrame, size: Size) -> list[NDArray[np.integer[Any]]] | None:
-    """A decoded frame -> luma and both chroma, [height, width] each, not turned; None for formats other than planar YUV.
+    """A decoded frame -> luma and both chroma, [height, width] each, not turned; None for formats other than planar YUV,
+    and for sides that OpenCV does not warp.
 
     Each pixel is interpolated at the place at which `cv2.resize` to twice this size interpolates every other one of
     its pixels, so that fine patterns alias the same way here and there.
     """
     bits = PLANAR_BITS.get(raw.format.name)
-    return None if bits is None else [_sampled(plane, size) for plane in _planes(raw, bits)]
+    if bits is None or max(raw.width, raw.height) > WARPED_MOST_PX:
+        return None
+    return [_sampled(plane, size) for plane in _planes(raw, bits)]
 
 
 def _planes(raw: VideoFrame, bits: int) -> list[NDArray[np.integer[Any]]]:

@@ -310,7 +310,7 @@ def packet_times(path: Path, least_s: float) -> PacketTimes | None:
             base = Fraction(stream.time_base.numerator, stream.time_base.denominator)
             packets = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
             stamps = [(packet.pts, packet.is_keyframe) for packet in packets]
-    except av.error.FFmpegError:
+    except (av.error.FFmpegError, IndexError):  # the latter at a stream that begins midway
         return None  # decoding tells what is wrong
     known = sorted((stamp, is_key) for stamp, is_key in stamps if stamp is not None)
     pts = [stamp - known[0][0] for stamp, _ in known]

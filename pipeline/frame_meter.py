@@ -19,6 +19,7 @@ from pipeline.score_technical import is_repeat, repeat_lines
 ANALYSED_LONG_EDGE_PX = 256  # SceneManager's automatic downscale: the longer side becomes this long
 SKETCH_LEAST_PX = 640 * 360  # smaller frames are converted whole in the time that a sketch takes
 SURE_RATIO = 0.5  # an estimated score below this share of the threshold is no cut
+SKETCHED_THRESHOLD_LEAST = 10.0  # below, what a sketch leaves out is as large as what it is held against
 SURE_LEVELS = 6.0  # an estimated mean this far from the threshold of fades is on its side of it
 DARK_LEVELS = 24.0  # below this mean, one level more or less of one channel is another hue and full saturation
 
@@ -47,7 +48,7 @@ class FrameMeter:
     def _score(self, before: "_Seen | None", seen: "_Seen") -> float:
         if before is None:
             return 0.0
-        if before.is_sketchable and seen.is_sketchable:
+        if before.is_sketchable and seen.is_sketchable and self._cut_threshold >= SKETCHED_THRESHOLD_LEAST:
             estimate = hsv_score(before.sketch_hsv, seen.sketch_hsv)
             if estimate < SURE_RATIO * self._cut_threshold:
                 return estimate

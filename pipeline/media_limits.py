@@ -45,7 +45,7 @@ class MediaLimits(Config):
         gif = False
         for index, frame in enumerate(frames):
             if index == self.max_pictures:
-                gif = is_gif(path)
+                gif = path.is_file() and is_gif(path)  # a user's decoder may need no file
             self.check_length(path.name, index + 1, frame.seconds, is_gif=gif)
             yield frame
 
