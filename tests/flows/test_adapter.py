@@ -87,7 +87,8 @@ def test_a_killed_training_makes_a_model_and_an_adapter_that_others_load(
     ours = load_language_model(report.folder).transformer
     tokens = torch.randint(0, VOCABULARY.size, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(theirs(tokens).logits, ours(tokens), atol=1e-5, rtol=1e-5)
+        # Added to the weights here, to their products there: rounding differs, what is learned differs by far more.
+        torch.testing.assert_close(theirs(tokens).logits, ours(tokens), atol=1e-4, rtol=1e-4)
     start = load_file(tmp_path / "two" / "lm" / "model.safetensors")
     assert any(not torch.equal(start[name], weight) for name, weight in ours.state_dict().items())
     with pytest.raises(ConfigError, match="was trained whole"):

@@ -25,6 +25,7 @@ from train.vision_tokenizer import train_vision_tokenizer
 def cluster() -> Iterator[None]:
     import ray
 
+    ray.shutdown()  # of whatever ran before in this process
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
