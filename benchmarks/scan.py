@@ -28,8 +28,8 @@ from scenedetect import ContentDetector, SceneManager, ThresholdDetector
 from scenedetect import open_video as open_stream
 
 from pipeline.decode import open_video
-from pipeline.detect_scenes import SceneCutter, SegmentationConfig
-from pipeline.frame_meter import FrameMeter
+from pipeline.scan_medium import ScanConfig, ScanLimits, scan_medium
+from pipeline.scan_video import scan_video
 from schemas.errors import RowError
 
 SUFFIXES = {".mp4", ".mkv", ".mov", ".webm", ".avi", ".ts", ".flv", ".3gp"}
@@ -78,7 +78,7 @@ def videos_in(folder: Path, least_short_edge_px: int) -> list[Path]:
 def bare(paths: Sequence[Path]) -> None:
     """Decodes every frame and looks at none."""
     for path in paths:
-        with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
+        with av.open(str(path), metadata_errors="ignore", options={"protocol_whitelist": "file"}) as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1
             for packet in container.demux(stream):
@@ -89,13 +89,9 @@ def bare(paths: Sequence[Path]) -> None:
 
 
 def our_cuts(path: Path) -> list[int]:
-    """First frames of all clips but the first."""
-    config = SegmentationConfig()
-    with open_video(path) as reader:
-        cutter, meter = SceneCutter(config, reader.fps), FrameMeter(config)
-        for frame in reader:
-            cutter.see(meter.measure(frame), frame.pts, frame.time_base)
-        return [cut.frame_num for cut in cutter.timecodes()]
+    """First frames of all clips but the first, by a scan that measures nothing else, in one process."""
+    config = ScanConfig(families=(), limits=ScanLimits(segment_workers=1))
+    return [cut.frame_num for cut in scan_video(path, config).cutter(config.segmentation).timecodes()]
 
 
 def their_cuts(path: Path) -> list[int]:
@@ -112,8 +108,6 @@ def their_cuts(path: Path) -> list[int]:
 
 def scan(paths: Sequence[Path], *, text: bool) -> None:
     """The whole scan, on one worker."""
-    from pipeline.scan_medium import ScanConfig, ScanLimits, scan_medium
-
     config = ScanConfig(
         families=("motion", "technical", "text") if text else ("motion", "technical"),
         limits=ScanLimits(segment_workers=1),

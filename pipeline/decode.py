@@ -51,7 +51,7 @@ class Frame:
     @property
     def seconds(self) -> float:
         """Presentation time in seconds after the first frame of the video."""
-        return float(self.pts * self.time_base)
+        return self.pts * self.time_base.numerator / self.time_base.denominator
 
     @property
     def size(self) -> Size:

@@ -2,7 +2,7 @@
 
 import threading
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -14,6 +14,7 @@ import av
 import av.error
 import numpy as np
 from av.container import InputContainer
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorTrc, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
@@ -64,10 +65,18 @@ class PyavReader(VideoReader):
 
     decoder = "pyav"
 
-    def __init__(self, path: Path, max_pixels: int | None, threads: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        max_pixels: int | None,
+        threads: int,
+        may_pass: "Callable[[Packet[VideoStream]], bool] | None" = None,
+    ) -> None:
+        """`may_pass` is asked for each packet whether its frame may be left out if no other needs it."""
         self._path = path
         self._max_pixels = max_pixels
         self._threads = threads
+        self._may_pass = may_pass
         self._num_packets = 0
         self._num_lost = 0
         self._file_reached_s = 0.0
@@ -100,6 +109,7 @@ class PyavReader(VideoReader):
         self._raw = self._decoded()
         self._index: int | None = 0
         self._last_pts: int | None = None
+        self._base: Fraction | None = None
 
     def _nominal_fps(self) -> Fraction:
         """The average rate of the header, or the clock of a stream that states none: what OpenCV says too."""
@@ -111,16 +121,19 @@ class PyavReader(VideoReader):
 
     def _decoded(self) -> Iterator[VideoFrame]:
         """Frames of every packet that decodes. Packets of all streams pass by: the last tells where the file ends."""
+        clocks = {stream.index: _clock(stream.time_base) for stream in self._container.streams}
         for packet in self._packets():
-            stamp = packet.dts if packet.pts is None else packet.pts
-            if stamp is not None and packet.time_base:
-                end = float((stamp + (packet.duration or 0)) * packet.time_base)
+            stamp, clock = packet.dts if packet.pts is None else packet.pts, clocks.get(packet.stream_index)
+            if stamp is not None and clock:
+                end = (stamp + (packet.duration or 0)) * clock[0] / clock[1]
                 self._file_reached_s = max(self._file_reached_s, end)
-            if packet.stream.index != self._stream.index:
+            if packet.stream_index != self._stream.index:
                 continue
-            if stamp is not None and packet.time_base and not packet.is_discard:
-                self._stamps_s.append(float(stamp * packet.time_base))
+            if stamp is not None and clock and not packet.is_discard:
+                self._stamps_s.append(stamp * clock[0] / clock[1])
             self._num_packets += 1
+            if self._may_pass is not None:
+                self._stream.codec_context.skip_frame = "NONREF" if self._may_pass(packet) else "DEFAULT"
             try:
                 frames = packet.decode()
             except av.error.EOFError:
@@ -147,15 +160,18 @@ class PyavReader(VideoReader):
             time_base = self._time_base(raw)
             pts = self._pts(raw, time_base)
             self._last_pts = pts
-            self.end_s = float((pts + self._duration(raw, time_base)) * time_base)
+            self.end_s = (pts + self._duration(raw, time_base)) * time_base.numerator / time_base.denominator
             yield PyavFrame(self._index, pts, time_base, raw)
             if self._index is not None:
                 self._index += 1
         self._check_whole()
 
     def _time_base(self, raw: VideoFrame) -> Fraction:
-        base = raw.time_base or self._stream.time_base
-        return Fraction(base.numerator, base.denominator) if base else 1 / self.fps
+        """That of all frames of the stream."""
+        if self._base is None:
+            base = raw.time_base or self._stream.time_base
+            self._base = Fraction(base.numerator, base.denominator) if base else 1 / self.fps
+        return self._base
 
     def _pts(self, raw: VideoFrame, time_base: Fraction) -> int:
         """Time since the first frame; where a frame states none, or one that runs backwards, the nominal step."""
@@ -215,7 +231,7 @@ class PyavReader(VideoReader):
                 break
             try:
                 self._container.seek(
-                    self._origin + int((seconds - margin_s) / base), stream=self._stream, backward=True
+                    self._origin + round((seconds - margin_s) / base), stream=self._stream, backward=True
                 )
             except av.error.FFmpegError:
                 break
@@ -225,7 +241,7 @@ class PyavReader(VideoReader):
             first = next(self._raw, None)
             if first is None or first.pts is None:
                 continue
-            if (first.pts - self._origin) * self._time_base(first) <= seconds:
+            if float((first.pts - self._origin) * self._time_base(first)) <= seconds:  # as a frame says its own time
                 self._raw = chain([first], self._raw)
                 return
         self._rewind()
@@ -260,6 +276,11 @@ def converted(raw: VideoFrame, reformatter: VideoReformatter) -> Image:
     return np.asarray(bgr.to_ndarray(), np.uint8)
 
 
+def _clock(time_base: Fraction | None) -> tuple[int, int] | None:
+    """Arithmetic with whole numbers costs a tenth of that with fractions, and there is much of it to each packet."""
+    return (time_base.numerator, time_base.denominator) if time_base else None
+
+
 def _ends_early(reached_s: float, stated_s: float) -> bool:
     return stated_s - reached_s > max(SLOPPY_END_S, SLOPPY_END_RATIO * stated_s)
 
@@ -289,11 +310,14 @@ def open_container(path: Path) -> InputContainer:
 
 @dataclass(frozen=True)
 class PacketTimes:
-    """Presentation times of all frames, from the first one, in order, and those of key frames among them."""
+    """Presentation times of all frames, from the first one, in order, and those of key frames among them. `origin` is the
+    time stamp of the first.
+    """
 
     pts: list[int]
     key_pts: list[int]
     time_base: Fraction
+    origin: int
 
 
 def packet_times(path: Path, least_s: float) -> PacketTimes | None:
@@ -316,7 +340,7 @@ def packet_times(path: Path, least_s: float) -> PacketTimes | None:
     pts = [stamp - known[0][0] for stamp, _ in known]
     if len(pts) < len(stamps) or len(set(pts)) < len(pts) or not pts or pts[-1] * base < least_s:
         return None
-    return PacketTimes(pts, [stamp - known[0][0] for stamp, is_key in known if is_key], base)
+    return PacketTimes(pts, [stamp - known[0][0] for stamp, is_key in known if is_key], base, known[0][0])
 
 
 def first_video_stream(container: InputContainer, path: Path) -> VideoStream:

@@ -84,6 +84,9 @@ class SceneCutter:
         self._fade = ThresholdDetector(config.fade_threshold, min_scene_len=config.min_scene_len_frames)
         self._cuts: list[FrameTimecode] = []
         self._times = array("d")  # seconds of every frame
+        self._was_dark: bool | None = None  # None before the first frame that is analysed
+        self._merged_until_s = 0.0
+        self._merging_s = float((config.min_scene_len_frames + 2) / fps)
 
     @property
     def num_frames(self) -> int:
@@ -91,16 +94,27 @@ class SceneCutter:
         return len(self._times)
 
     def see(self, numbers: FrameNumbers, pts: int, time_base: Fraction) -> None:
-        """The numbers of the next frame and its time. A frame that was not analysed is only counted."""
+        """The numbers of the next frame and its time. A frame that was not analysed is only counted.
+
+        Detectors are shown the frames that change what they know, a few of each clip: their times cost more than ours.
+        """
         from scenedetect.common import FrameTimecode, Timecode
 
-        self._times.append(float(pts * time_base))
+        seconds = pts * time_base.numerator / time_base.denominator
+        self._times.append(seconds)
         if numbers.mean is None:
+            return
+        turns = numbers.dark != self._was_dark
+        if numbers.candidate:
+            self._merged_until_s = seconds + self._merging_s
+        if not turns and seconds > self._merged_until_s:
             return
         position = FrameTimecode(Timecode(pts, time_base), fps=self._fps)
         self._cuts += self._content.filter(position, numbers.candidate)
-        # The detector takes the mean of a picture: a picture of one number has that mean.
-        self._cuts += self._fade.process_frame(position, np.array([numbers.mean]))
+        if turns:
+            # The detector takes the mean of a picture: a picture of one number has that mean.
+            self._cuts += self._fade.process_frame(position, np.array([numbers.mean]))
+            self._was_dark = numbers.dark
 
     def _frame_of(self, cut: "FrameTimecode") -> int:
         """A detector's timecode -> the index of the first frame of the new clip.

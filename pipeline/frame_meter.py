@@ -27,7 +27,8 @@ DARK_LEVELS = 24.0  # below this mean, one level more or less of one channel is 
 class FrameMeter:
     """Takes the frames of a video in order. Keeps the last one, to convert it if the next one is in doubt."""
 
-    def __init__(self, config: SegmentationConfig) -> None:
+    def __init__(self, config: SegmentationConfig, *, repeats: bool = True) -> None:
+        self._repeats = repeats  # whether repeated frames are told
         self._cut_threshold = config.content_threshold
         self._fade_threshold = config.fade_threshold
         self._size: Size | None = None
@@ -41,7 +42,7 @@ class FrameMeter:
             return FrameNumbers(None, None)
         seen = _Seen(frame)
         score, mean = self._score(self._before, seen), self._mean(seen)
-        repeats = self._before is not None and is_repeat(self._before.lines, seen.lines)
+        repeats = self._repeats and self._before is not None and is_repeat(self._before.lines, seen.lines)
         self._before = seen
         return FrameNumbers(score, mean, score >= self._cut_threshold, mean < self._fade_threshold, repeats)
 

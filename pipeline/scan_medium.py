@@ -20,8 +20,9 @@ from pipeline.decode import FALLBACK_FPS, MICROSECOND, Frame, check_decoder
 from pipeline.detect_scenes import FrameNumbers, SegmentationConfig, Span
 from pipeline.failures import FailureBound
 from pipeline.media_limits import MediaLimits
-from pipeline.scan_video import Part, scan_video
+from pipeline.scan_video import scan_video
 from pipeline.score_technical import repeated_ratio
+from pipeline.video_part import Part
 from schemas.identity import clip_id
 from schemas.recipe import Config, short_hash
 from schemas.scores import MOTION, RESOLUTION, TECHNICAL, TEXT
@@ -52,12 +53,19 @@ class ScanConfig(Config):
     decoder: str = "pyav"
     # Measured besides resolution. What is left out costs nothing now and another pass when it is wanted.
     families: tuple[Literal["motion", "text", "technical"], ...] = ("motion", "text", "technical")
+    # Where only cuts are wanted, frames that no other needs are decoded where something may happen, and passed over elsewhere.
+    skim: bool = True
     segmentation: SegmentationConfig = SegmentationConfig()
     motion: score_motion.MotionConfig = score_motion.MotionConfig()
     text: score_text.TextConfig = score_text.TextConfig()
     technical: score_technical.TechnicalConfig = score_technical.TechnicalConfig()
     limits: ScanLimits = ScanLimits()
     failures: FailureBound = FailureBound()
+
+    @property
+    def may_skim(self) -> bool:
+        """Whether every frame need not be seen: with several threads a decoder is told too late what to leave out."""
+        return self.skim and not self.families and self.decoder == "pyav" and self.limits.threads == 1
 
     @property
     def segmentation_id(self) -> str:

@@ -1,4 +1,4 @@
-"""Frames of a video, or of a segment of it, to numbers: those that decide its cuts, and those of its samples.
+"""A video to its numbers: in one pass, in segments by several processes, or skimmed where only its cuts are wanted.
 
 A long video is scanned in segments by several processes. Segments begin at fixed times and not at key frames: each
 process seeks to the key frame before, and sees the last frames of the segment before once more, from which it has what it
@@ -7,22 +7,17 @@ one pass. Times of all frames are known beforehand, from the packets; where a pr
 in the frames that it sees for the second time, the file cannot be entered in its middle, and is scanned in one pass.
 """
 
-from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from fractions import Fraction
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.clip_scorers import PERIOD_S, ClipScorers, Measurements, grid_point
-from pipeline.decode import Frame, Size, VideoReader, open_video
+from pipeline.clip_scorers import PERIOD_S, grid_point
 from pipeline.decode_pyav import PacketTimes, packet_times
-from pipeline.detect_scenes import FrameNumbers, SceneCutter, SegmentationConfig, Span
-from pipeline.frame_meter import FrameMeter
 from pipeline.sandbox import SandboxPool
+from pipeline.skim_video import skim_video
+from pipeline.video_part import Part, Segment, scan_part
 from schemas.errors import RowError
 
 if TYPE_CHECKING:
@@ -33,52 +28,14 @@ SEGMENTS_PER_WORKER = 3  # so that no worker waits long for the last one
 ENTRY_MOST_S = 30.0  # from the key frame before a segment to its frames: what is decoded twice
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Frames with lead_in <= pts < end, of which the first `num_lead_in` belong to the segment before. Times are in units
-    of the stream from its first frame; an end of None is that of the video.
-    """
-
-    lead_in: int
-    num_lead_in: int
-    end: int | None
-
-
-@dataclass
-class Part:
-    """What the frames of a video, or of a segment, told. `lead_in` has the numbers of frames before it."""
-
-    size: Size
-    fps: Fraction
-    time_base: Fraction
-    decoder: str
-    pts: "array[int]" = field(default_factory=lambda: array("q"))
-    numbers: list[FrameNumbers] = field(default_factory=list)
-    lead_in: list[FrameNumbers] = field(default_factory=list)
-    measurements: Measurements = field(default_factory=Measurements)
-    end_s: float = 0.0
-
-    def add(self, later: "Part") -> None:
-        """Takes in the part that follows."""
-        self.measurements.add(later.measurements, len(self.pts))
-        self.pts += later.pts
-        self.numbers += later.numbers
-        self.end_s = later.end_s
-
-    def spans(self, config: SegmentationConfig) -> list[Span]:
-        """The clips of the whole video."""
-        cutter = SceneCutter(config, self.fps)
-        for pts, numbers in zip(self.pts, self.numbers, strict=True):
-            cutter.see(numbers, pts, self.time_base)
-        return cutter.spans(self.end_s)
-
-
 def scan_video(path: Path, config: "ScanConfig") -> Part:
     """A video -> its numbers, by several processes where it is long and they find the frames of one pass.
 
     Raises: RowError as the decoders say.
     """
     workers, limits = config.limits.num_segment_workers, config.limits
+    if config.may_skim and (skimmed := _skimmed(path, config)) is not None:
+        return skimmed
     times = packet_times(path, 2 * SEGMENT_LEAST_S) if workers > 1 and config.decoder == "pyav" else None
     if times:
         limits.check_length(path.name, len(times.pts), float(times.pts[-1] * times.time_base))
@@ -97,6 +54,18 @@ def scan_video(path: Path, config: "ScanConfig") -> Part:
         threads.shutdown(cancel_futures=True)
         pool.close()
     return joined or scan_part(path, config)
+
+
+def _skimmed(path: Path, config: "ScanConfig") -> Part | None:
+    """The numbers of a video that is worth skimming and can be."""
+    times = packet_times(path, 0.0)
+    if times is None:
+        return None
+    config.limits.check_length(path.name, len(times.pts), float(times.pts[-1] * times.time_base))
+    try:
+        return skim_video(path, config, times)
+    except RowError:
+        return None  # one pass tells what is wrong with the file, if anything is
 
 
 def plan_segments(times: PacketTimes, config: "ScanConfig", num_most: int) -> list[Segment]:
@@ -125,58 +94,6 @@ def plan_segments(times: PacketTimes, config: "ScanConfig", num_most: int) -> li
             return []
         segments.append(Segment(pts[lead_in], start - lead_in, None if end is None else pts[end]))
     return segments
-
-
-def scan_part(path: Path, config: "ScanConfig", segment: Segment | None = None) -> Part:
-    """The frames of a segment, or all of them -> their numbers.
-
-    Raises: RowError as the decoders say, or NotSeekable if the frames that lead in cannot be reached by a seek.
-    """
-    limits = config.limits
-    with open_video(path, config.decoder, max_pixels=limits.max_pixels, threads=limits.threads) as reader:
-        frames = limits.bounded(_frames_of(reader, segment) if segment else reader, path)
-        first = next(frames, None)
-        if first is None:
-            raise RowError("DecodeFailed", f"{path.name}: no frame decodes")
-        part = Part(first.size, reader.fps, first.time_base, reader.decoder)
-        meter = FrameMeter(config.segmentation)
-        # FlashFilter counts frame numbers at the nominal rate, rounded.
-        least_cut_s = float(max(0, config.segmentation.min_scene_len_frames - 1) / reader.fps)
-        scorers = ClipScorers(config.motion, config.text, config.technical, first.size, least_cut_s, config.scorer_ids)
-        num_lead_in = segment.num_lead_in if segment else 0
-        for index, frame in enumerate(chain([first], frames), start=-num_lead_in):
-            numbers = meter.measure(frame)
-            scorers.see(index, frame, numbers, leads_in=index < 0)
-            if index < 0:
-                part.lead_in.append(numbers)
-            else:
-                part.pts.append(frame.pts)
-                part.numbers.append(numbers)
-        part.measurements, part.end_s = scorers.finish(), reader.end_s
-        return part
-
-
-def _frames_of(reader: VideoReader, segment: Segment) -> Iterator[Frame]:
-    """Frames of a segment and those that lead in."""
-    for frame in _entered(reader, segment.lead_in):
-        if segment.end is not None and frame.pts >= segment.end:
-            return
-        if frame.pts >= segment.lead_in:
-            yield frame
-
-
-def _entered(reader: VideoReader, pts: int) -> Iterator[Frame]:
-    """Frames from a key frame at or before `pts` on. A reader that had to start over counts its frames."""
-    frames = iter(reader)
-    if pts == 0:
-        return frames
-    seconds = float(pts * next(frames).time_base)
-    reader.seek(seconds)
-    frames = iter(reader)
-    first = next(frames, None)
-    if first is None or first.index is not None:
-        raise RowError("NotSeekable", f"no key frame is found before {seconds:.2f} s")
-    return chain([first], frames)
 
 
 def joined_parts(parts: Iterable[Part], pts: Sequence[int]) -> Part | None:

@@ -10,8 +10,12 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scenedetect import ContentDetector, SceneManager, ThresholdDetector
 from scenedetect import open_video as open_stream
+from scenedetect.common import FrameTimecode, Timecode
+from scenedetect.detector import FlashFilter
 
 from pipeline.decode import open_video
 from pipeline.detect_scenes import FrameNumbers, SceneCutter, SegmentationConfig, Span
@@ -87,6 +91,24 @@ def assert_whole(spans: list[Span], num_frames: int) -> None:
 
 def cuts(spans: list[Span]) -> list[int]:
     return [span.start_frame for span in spans[1:]]
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.booleans(), st.booleans()), min_size=1, max_size=150), st.integers(0, 20)
+)
+def test_detectors_need_not_see_every_frame(frames: list[tuple[int, bool, bool]], least: int) -> None:
+    config, fps, base, pts = SegmentationConfig(min_scene_len_frames=least), Fraction(25), Fraction(1, 50), 0
+    cutter, cuts = SceneCutter(config, fps), []
+    content = FlashFilter(FlashFilter.Mode.MERGE, least)
+    fade = ThresholdDetector(config.fade_threshold, min_scene_len=least)
+    for step, candidate, dark in frames:
+        mean = 0.0 if dark else 100.0
+        cutter.see(FrameNumbers(50.0 * candidate, mean, candidate, dark), pts, base)
+        position = FrameTimecode(Timecode(pts, base), fps=fps)
+        cuts += [*content.filter(position, candidate), *fade.process_frame(position, np.array([mean]))]
+        pts += step
+    assert cutter.timecodes() == sorted(set(cuts))
 
 
 def test_hard_cuts(tmp_path: Path) -> None:

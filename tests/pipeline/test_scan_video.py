@@ -14,9 +14,10 @@ from pipeline.decode_pyav import PacketTimes, packet_times
 from pipeline.samples import SampleSpec
 from pipeline.sandbox import SandboxPool
 from pipeline.scan_medium import ScanConfig, ScanLimits, scan_medium
-from pipeline.scan_video import Part, Segment, joined_parts, plan_segments, scan_part
+from pipeline.scan_video import joined_parts, plan_segments
 from pipeline.score_technical import TechnicalConfig
 from pipeline.score_text import TextConfig
+from pipeline.video_part import Part, Segment, scan_part
 from schemas.errors import RowError
 from tests.pipeline.made_media import Image, faded, shot, write_video
 
@@ -101,7 +102,7 @@ def test_variable_rate_and_a_late_start(tmp_path: Path, first_ms: int) -> None:
 def test_segments_cover_every_frame_once() -> None:
     pts = np.cumsum(np.random.default_rng(2).integers(1, 900, 2000)).tolist()
     pts = [stamp - pts[0] for stamp in pts]
-    segments = plan_segments(PacketTimes(pts, pts[::40], Fraction(1, 1000)), CONFIG, 6)
+    segments = plan_segments(PacketTimes(pts, pts[::40], Fraction(1, 1000), 0), CONFIG, 6)
     assert len(segments) == 6
     assert (segments[0].lead_in, segments[0].num_lead_in, segments[-1].end) == (0, 0, None)
     for before, after in pairwise(segments):
