@@ -14,16 +14,25 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from schemas.recipe import Config, short_hash
 
 if TYPE_CHECKING:
-    from scenedetect import FrameTimecode
+    from scenedetect import AdaptiveDetector, FrameTimecode
 
 
 ROUNDING_S = 1e-6
 ROUNDING_PARTS = 1e-6  # a scene of just the longest length is one part
+
+
+class AdaptiveConfig(Config):
+    """PySceneDetect's AdaptiveDetector: a cut is where the change is several times that of the frames around it."""
+
+    ratio: float = Field(3.0, gt=0)  # its default, as the others
+    window_frames: int = Field(2, ge=1)  # on each side
+    least_score: float = Field(15.0, gt=0)
 
 
 class SegmentationConfig(Config):
@@ -32,7 +41,15 @@ class SegmentationConfig(Config):
     content_threshold: float = Field(27.0, gt=0)  # ours: the paper is silent, this is PySceneDetect's default
     fade_threshold: int = Field(12, ge=0, le=255)  # ours, likewise; mean of the 8-bit channels
     min_scene_len_frames: int = Field(15, ge=0)  # ours, likewise
+    adaptive: AdaptiveConfig | None = (
+        None  # in the place of the content threshold: handheld cameras cut less; costs more
+    )
     max_scene_s: float | None = Field(None, ge=2.0)  # a longer scene is divided into equal clips; None keeps it whole
+
+    @property
+    def least_score(self) -> float:
+        """Change from which on a frame may begin a scene."""
+        return self.content_threshold if self.adaptive is None else self.adaptive.least_score
 
     @property
     def segmentation_id(self) -> str:
@@ -81,6 +98,7 @@ class SceneCutter:
         self._fps = fps
         self._max_scene_s = config.max_scene_s
         self._content = FlashFilter(FlashFilter.Mode.MERGE, config.min_scene_len_frames)
+        self._adaptive = _adaptive_detector(config.adaptive, config.min_scene_len_frames) if config.adaptive else None
         self._fade = ThresholdDetector(config.fade_threshold, min_scene_len=config.min_scene_len_frames)
         self._cuts: list[FrameTimecode] = []
         self._times = array("d")  # seconds of every frame
@@ -107,10 +125,13 @@ class SceneCutter:
         turns = numbers.dark != self._was_dark
         if numbers.candidate:
             self._merged_until_s = seconds + self._merging_s
-        if not turns and seconds > self._merged_until_s:
+        if not turns and seconds > self._merged_until_s and self._adaptive is None:
             return
         position = FrameTimecode(Timecode(pts, time_base), fps=self._fps)
-        self._cuts += self._content.filter(position, numbers.candidate)
+        if self._adaptive is None:
+            self._cuts += self._content.filter(position, numbers.candidate)
+        else:
+            self._cuts += self._adaptive.process_frame(position, np.array([numbers.score]))
         if turns:
             # The detector takes the mean of a picture: a picture of one number has that mean.
             self._cuts += self._fade.process_frame(position, np.array([numbers.mean]))
@@ -154,6 +175,17 @@ class SceneCutter:
             edges_s = (begin_s + length_s * part / num_parts for part in range(1, num_parts))
             found.update(bisect_left(self._times, edge_s - ROUNDING_S) for edge_s in edges_s)
         return sorted(found - {self.num_frames})
+
+
+def _adaptive_detector(config: AdaptiveConfig, min_scene_len_frames: int) -> "AdaptiveDetector":
+    """PySceneDetect's detector, which is shown scores in the place of pictures."""
+    from scenedetect import AdaptiveDetector
+
+    class OfScores(AdaptiveDetector):  # type: ignore[misc]  # scenedetect is not typed
+        def _calculate_frame_score(self, timecode: "FrameTimecode", frame_img: NDArray[np.float64]) -> float:
+            return float(frame_img[0])
+
+    return OfScores(config.ratio, min_scene_len_frames, config.window_frames, config.least_score)
 
 
 def _is_exact(cut: "FrameTimecode") -> bool:

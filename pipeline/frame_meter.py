@@ -29,7 +29,9 @@ class FrameMeter:
 
     def __init__(self, config: SegmentationConfig, *, repeats: bool = True) -> None:
         self._repeats = repeats  # whether repeated frames are told
-        self._cut_threshold = config.content_threshold
+        self._cut_threshold = config.least_score
+        # The adaptive detector weighs every score against those around it.
+        self._estimates = config.adaptive is None and config.content_threshold >= SKETCHED_THRESHOLD_LEAST
         self._fade_threshold = config.fade_threshold
         self._size: Size | None = None
         self._before: _Seen | None = None
@@ -49,7 +51,7 @@ class FrameMeter:
     def _score(self, before: "_Seen | None", seen: "_Seen") -> float:
         if before is None:
             return 0.0
-        if before.is_sketchable and seen.is_sketchable and self._cut_threshold >= SKETCHED_THRESHOLD_LEAST:
+        if self._estimates and before.is_sketchable and seen.is_sketchable:
             estimate = hsv_score(before.sketch_hsv, seen.sketch_hsv)
             if estimate < SURE_RATIO * self._cut_threshold:
                 return estimate

@@ -64,8 +64,9 @@ class ScanConfig(Config):
 
     @property
     def may_skim(self) -> bool:
-        """Whether every frame need not be seen: with several threads a decoder is told too late what to leave out."""
-        return self.skim and not self.families and self.decoder == "pyav" and self.limits.threads == 1
+        """Whether not every frame need be seen: with several threads a decoder is told too late what to leave out."""
+        cuts_alone = not self.families and self.segmentation.adaptive is None
+        return self.skim and cuts_alone and self.decoder == "pyav" and self.limits.threads == 1
 
     @property
     def segmentation_id(self) -> str:

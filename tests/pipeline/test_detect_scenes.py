@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scenedetect import ContentDetector, SceneManager, ThresholdDetector
+from scenedetect import AdaptiveDetector, ContentDetector, SceneManager, ThresholdDetector
 from scenedetect import open_video as open_stream
 from scenedetect.common import FrameTimecode, Timecode
 from scenedetect.detector import FlashFilter
 
 from pipeline.decode import open_video
-from pipeline.detect_scenes import FrameNumbers, SceneCutter, SegmentationConfig, Span
+from pipeline.detect_scenes import AdaptiveConfig, FrameNumbers, SceneCutter, SegmentationConfig, Span
 from pipeline.frame_meter import FrameMeter
 from tests.pipeline.made_media import SHARED_MEDIA, faded, shared_media, shot, write_video
 
@@ -53,7 +53,11 @@ def theirs(path: Path, config: SegmentationConfig) -> tuple[list[int], list[floa
     backend = "opencv" if capture.read()[0] else "pyav"  # OpenCV's wheel has no AV1 on CPU
     capture.release()
     manager = SceneManager()
-    manager.add_detector(ContentDetector(config.content_threshold, config.min_scene_len_frames))
+    if (adaptive := config.adaptive) is None:
+        manager.add_detector(ContentDetector(config.content_threshold, config.min_scene_len_frames))
+    else:
+        least = config.min_scene_len_frames
+        manager.add_detector(AdaptiveDetector(adaptive.ratio, least, adaptive.window_frames, adaptive.least_score))
     manager.add_detector(ThresholdDetector(config.fade_threshold, config.min_scene_len_frames))
     manager.detect_scenes(open_stream(str(path), backend=backend))
     starts = [start for start, _ in manager.get_scene_list(start_in_scene=True)][1:]
@@ -174,12 +178,25 @@ def test_variable_rate_keeps_true_frames_and_times(tmp_path: Path, suffix: str) 
         SegmentationConfig(content_threshold=8.0),
         SegmentationConfig(fade_threshold=60, min_scene_len_frames=4),
         SegmentationConfig(min_scene_len_frames=0),
+        SegmentationConfig(adaptive=AdaptiveConfig()),
+        SegmentationConfig(
+            adaptive=AdaptiveConfig(ratio=1.5, window_frames=4, least_score=4.0), min_scene_len_frames=5
+        ),
     ],
     ids=lambda config: config.canonical_json(),
 )
 def test_other_settings(tmp_path: Path, config: SegmentationConfig) -> None:
     frames = [*faded(shot(1, 40), fade_out=10), *faded(shot(2, 40), fade_in=10), *shot(3, 6), *shot(4, 30)]
     assert_equal(write_video(tmp_path / "a.mp4", frames), config)
+
+
+def test_the_adaptive_detector_does_not_cut_where_a_camera_sweeps(tmp_path: Path) -> None:
+    sweep = shot(1, 20, step_px=60)
+    frames = [*[sweep[0]] * 40, *sweep, *[sweep[-1]] * 40, *shot(2, 30)]
+    path = write_video(tmp_path / "a.mp4", frames, options={"crf": "18"})
+    by_content = cuts(assert_equal(path, SegmentationConfig(content_threshold=5.0)))
+    assert len(by_content) > 1
+    assert cuts(assert_equal(path, SegmentationConfig(adaptive=AdaptiveConfig(least_score=5.0)))) == [100]
 
 
 def test_long_scenes_are_divided_evenly(tmp_path: Path) -> None:
@@ -195,6 +212,7 @@ def test_the_id_names_the_settings() -> None:
     assert SegmentationConfig().segmentation_id == SegmentationConfig().segmentation_id
     assert SegmentationConfig().segmentation_id != SegmentationConfig(content_threshold=28.0).segmentation_id
     assert SegmentationConfig().segmentation_id != SegmentationConfig(max_scene_s=5.0).segmentation_id
+    assert SegmentationConfig().segmentation_id != SegmentationConfig(adaptive=AdaptiveConfig()).segmentation_id
 
 
 def shared_videos() -> list[Any]:
@@ -214,3 +232,13 @@ def shared_videos() -> list[Any]:
 @pytest.mark.parametrize("file", shared_videos())
 def test_real_videos(file: str) -> None:
     assert_equal(shared_media() / file)
+
+
+@pytest.mark.slow
+def test_real_videos_by_the_adaptive_detector() -> None:
+    config = SegmentationConfig(adaptive=AdaptiveConfig())
+    fast = [case.values[0] for case in shared_videos() if not case.marks][::4]
+    for file in fast:
+        assert_equal(shared_media() / file, config)
+    if not fast:
+        pytest.skip("no shared media beside the checkout")
