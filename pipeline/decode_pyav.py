@@ -314,33 +314,43 @@ class PacketTimes:
     time stamp of the first.
     """
 
-    pts: list[int]
-    key_pts: list[int]
+    pts: "array[int]"
+    key_pts: "array[int]"
     time_base: Fraction
     origin: int
 
 
-def packet_times(path: Path, least_s: float) -> PacketTimes | None:
-    """A video of at least `least_s` seconds -> when its frames are shown, without decoding one. None if it is shorter, or
-    its packets do not tell.
+def packet_times(path: Path, least_s: float, most: int | None = None) -> PacketTimes | None:
+    """A video of at least `least_s` seconds -> when its frames are shown, without decoding one; of more than `most` frames
+    as many as that and one. None if it is shorter, or its packets do not tell.
 
     Raises: RowError if it is no video.
     """
+    stamps, keys = array("q"), bytearray()
     try:
         with open_container(path) as container:
             stream = first_video_stream(container, path)
             if (container.duration or 0) / av.time_base < least_s or not stream.time_base:
                 return None
             base = Fraction(stream.time_base.numerator, stream.time_base.denominator)
-            packets = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
-            stamps = [(packet.pts, packet.is_keyframe) for packet in packets]
+            for packet in container.demux(stream):
+                if not packet.size or packet.is_discard:
+                    continue
+                if packet.pts is None:
+                    return None
+                stamps.append(packet.pts)
+                keys.append(packet.is_keyframe)
+                if most is not None and len(stamps) > most:
+                    break
     except (av.error.FFmpegError, IndexError):  # the latter at a stream that begins midway
         return None  # decoding tells what is wrong
-    known = sorted((stamp, is_key) for stamp, is_key in stamps if stamp is not None)
-    pts = [stamp - known[0][0] for stamp, _ in known]
-    if len(pts) < len(stamps) or len(set(pts)) < len(pts) or not pts or pts[-1] * base < least_s:
+    found = np.frombuffer(stamps, np.int64)
+    order = np.argsort(found)
+    pts = found[order] - found.min(initial=np.iinfo(np.int64).max)
+    if not len(pts) or (np.diff(pts) <= 0).any() or int(pts[-1]) * base < least_s:
         return None
-    return PacketTimes(pts, [stamp - known[0][0] for stamp, is_key in known if is_key], base, known[0][0])
+    key_pts = pts[np.frombuffer(keys, np.bool_)[order]]
+    return PacketTimes(array("q", pts.tobytes()), array("q", key_pts.tobytes()), base, int(found.min()))
 
 
 def first_video_stream(container: InputContainer, path: Path) -> VideoStream:

@@ -8,10 +8,11 @@ by itself. The numbers come from `pipeline.frame_meter`.
 
 from array import array
 from bisect import bisect_left
+from collections.abc import Iterable, MutableSequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil
-from typing import TYPE_CHECKING
+from math import ceil, isnan, nan
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from scenedetect import AdaptiveDetector, FrameTimecode
 
 
+NUM_MARKS = 3  # what a frame is besides its two numbers
 ROUNDING_S = 1e-6
 ROUNDING_PARTS = 1e-6  # a scene of just the longest length is one part
 
@@ -82,6 +84,58 @@ class FrameNumbers:
     candidate: bool = False
     dark: bool = False
     repeats: bool = False
+
+
+class NumberRow(MutableSequence[FrameNumbers]):
+    """The numbers of many frames, in order, in 17 bytes each: a film of days has ten millions."""
+
+    def __init__(self, numbers: Iterable[FrameNumbers] = ()) -> None:
+        self._scores, self._means, self._marks = array("d"), array("d"), array("B")
+        self.extend(numbers)
+
+    def __len__(self) -> int:
+        return len(self._marks)
+
+    @overload
+    def __getitem__(self, index: int) -> FrameNumbers: ...
+    @overload
+    def __getitem__(self, index: slice) -> "NumberRow": ...
+    def __getitem__(self, index: int | slice) -> "FrameNumbers | NumberRow":
+        if isinstance(index, slice):
+            part = NumberRow()
+            part._scores, part._means, part._marks = self._scores[index], self._means[index], self._marks[index]
+            return part
+        score, mean, marks = self._scores[index], self._means[index], self._marks[index]
+        return FrameNumbers(
+            None if isnan(score) else score,
+            None if isnan(mean) else mean,
+            *(bool(marks >> bit & 1) for bit in range(NUM_MARKS)),
+        )
+
+    def __setitem__(self, index: int | slice, value: FrameNumbers | Iterable[FrameNumbers]) -> None:
+        row = NumberRow([value] if isinstance(value, FrameNumbers) else value)
+        place = index if isinstance(index, slice) else slice(index, index + 1)
+        self._scores[place], self._means[place], self._marks[place] = row._scores, row._means, row._marks
+
+    def __delitem__(self, index: int | slice) -> None:
+        del self._scores[index], self._means[index], self._marks[index]
+
+    def insert(self, index: int, value: FrameNumbers) -> None:
+        """Puts one before that at `index`."""
+        marks = (value.candidate, value.dark, value.repeats)
+        self._scores.insert(index, nan if value.score is None else value.score)
+        self._means.insert(index, nan if value.mean is None else value.mean)
+        self._marks.insert(index, sum(mark << bit for bit, mark in enumerate(marks)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NumberRow) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]  # it changes
+
+    @property
+    def repeats(self) -> list[bool]:
+        """Whether each frame shows the same as the one before."""
+        return [bool(marks >> NUM_MARKS - 1) for marks in self._marks]
 
 
 class SceneCutter:

@@ -17,7 +17,7 @@ from pydantic import Field
 from pipeline import score_motion, score_resolution, score_technical, score_text
 from pipeline.clip_scorers import ClipScorers
 from pipeline.decode import FALLBACK_FPS, MICROSECOND, Frame, check_decoder
-from pipeline.detect_scenes import FrameNumbers, SegmentationConfig, Span
+from pipeline.detect_scenes import FrameNumbers, NumberRow, SegmentationConfig, Span
 from pipeline.failures import FailureBound
 from pipeline.media_limits import MediaLimits
 from pipeline.scan_video import scan_video
@@ -158,7 +158,7 @@ def _scan_image(path: Path, config: ScanConfig) -> tuple[list[Span], list[dict[s
     scorers = ClipScorers(config.motion, config.text, config.technical, frame.size, 0.0, config.scorer_ids)
     scorers.see(0, frame, FrameNumbers(0.0, None))
     span = Span(0, 1, 0, 0)
-    part = Part(frame.size, FALLBACK_FPS, MICROSECOND, "pillow", array("q", [0]), [FrameNumbers(0.0, None)])
+    part = Part(frame.size, FALLBACK_FPS, MICROSECOND, "pillow", array("q", [0]), NumberRow([FrameNumbers(0.0, None)]))
     part.measurements = scorers.finish()
     return [span], [_scores(span, part, config, None, path)], "pillow", 1
 
@@ -177,9 +177,7 @@ def _scores(span: Span, part: Part, config: ScanConfig, duration_s: float | None
     num_pixels = part.size[0] * part.size[1] * len(part.pts)
     technical = {
         **measured[TECHNICAL.name],
-        "repeated_ratio": repeated_ratio(
-            [numbers.repeats for numbers in part.numbers[span.start_frame : span.end_frame]]
-        ),
+        "repeated_ratio": repeated_ratio(part.numbers[span.start_frame : span.end_frame].repeats),
         # Of the whole file, sound and all. A user's decoder may need no file.
         "bits_per_pixel": path.stat().st_size * 8 / num_pixels if path.is_file() else None,
     }

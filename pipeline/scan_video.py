@@ -7,8 +7,9 @@ one pass. Times of all frames are known beforehand, from the packets; where a pr
 in the frames that it sees for the second time, the file cannot be entered in its middle, and is scanned in one pass.
 """
 
+from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +37,8 @@ def scan_video(path: Path, config: "ScanConfig") -> Part:
     workers, limits = config.limits.num_segment_workers, config.limits
     if config.may_skim and (skimmed := _skimmed(path, config)) is not None:
         return skimmed
-    times = packet_times(path, 2 * SEGMENT_LEAST_S) if workers > 1 and config.decoder == "pyav" else None
+    may_divide = workers > 1 and config.decoder == "pyav"
+    times = packet_times(path, 2 * SEGMENT_LEAST_S, limits.max_frames) if may_divide else None
     if times:
         limits.check_length(path.name, len(times.pts), float(times.pts[-1] * times.time_base))
     segments = plan_segments(times, config, workers * SEGMENTS_PER_WORKER) if times else []
@@ -58,7 +60,7 @@ def scan_video(path: Path, config: "ScanConfig") -> Part:
 
 def _skimmed(path: Path, config: "ScanConfig") -> Part | None:
     """The numbers of a video that is worth skimming and can be."""
-    times = packet_times(path, 0.0)
+    times = packet_times(path, 0.0, config.limits.max_frames)
     if times is None:
         return None
     config.limits.check_length(path.name, len(times.pts), float(times.pts[-1] * times.time_base))
@@ -96,7 +98,7 @@ def plan_segments(times: PacketTimes, config: "ScanConfig", num_most: int) -> li
     return segments
 
 
-def joined_parts(parts: Iterable[Part], pts: Sequence[int]) -> Part | None:
+def joined_parts(parts: Iterable[Part], pts: "array[int]") -> Part | None:
     """Parts in order and the times of all frames -> the whole; None if the parts do not fit together."""
     whole: Part | None = None
     for part in parts:
@@ -111,4 +113,4 @@ def joined_parts(parts: Iterable[Part], pts: Sequence[int]) -> Part | None:
         if [one.mean for one in seen] != [one.mean for one in part.lead_in] or seen[1:] != part.lead_in[1:]:
             return None
         whole.add(part)
-    return whole if whole is not None and list(whole.pts) == list(pts) else None
+    return whole if whole is not None and whole.pts == pts else None

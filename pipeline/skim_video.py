@@ -80,8 +80,8 @@ def skim_video(path: Path, config: "ScanConfig", times: PacketTimes) -> Part | N
             if part is None:
                 part = Part(frame.size, reader.fps, frame.time_base, reader.decoder)
             index, numbers = bisect_left(times.pts, frame.pts), meter.measure(frame)
-            last = len(part.pts) - 1
-            if times.pts[index : index + 1] != [frame.pts] or index <= last or numbers.score is None:
+            last, is_known = len(part.pts) - 1, index < len(times.pts) and times.pts[index] == frame.pts
+            if not is_known or index <= last or numbers.score is None:
                 return None
             if index > last + 1:
                 before = part.numbers[last]
@@ -95,12 +95,12 @@ def skim_video(path: Path, config: "ScanConfig", times: PacketTimes) -> Part | N
             part.pts.extend(times.pts[last + 1 : index + 1])
             part.numbers.append(numbers)
             passing.is_calm = numbers.score < CALM_RATIO * threshold
-        if part is None or list(part.pts) != times.pts:
+        if part is None or part.pts != times.pts:
             return None
         part.end_s = reader.end_s
     for segment, last in entered_by_key(doubts, times):
         again = scan_part(path, config, segment)
-        if list(again.pts) != times.pts[last + 1 : last + 1 + len(again.pts)]:
+        if again.pts != times.pts[last + 1 : last + 1 + len(again.pts)]:
             return None
         part.numbers[last + 1 : last + 1 + len(again.pts)] = again.numbers
     return part

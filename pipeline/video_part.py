@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.clip_scorers import ClipScorers, Measurements
 from pipeline.decode import Frame, Size, VideoReader, open_video
-from pipeline.detect_scenes import FrameNumbers, SceneCutter, SegmentationConfig, Span
+from pipeline.detect_scenes import NumberRow, SceneCutter, SegmentationConfig, Span
 from pipeline.frame_meter import FrameMeter
 from schemas.errors import RowError
 
@@ -38,8 +38,8 @@ class Part:
     time_base: Fraction
     decoder: str
     pts: "array[int]" = field(default_factory=lambda: array("q"))
-    numbers: list[FrameNumbers] = field(default_factory=list)
-    lead_in: list[FrameNumbers] = field(default_factory=list)
+    numbers: NumberRow = field(default_factory=NumberRow)
+    lead_in: NumberRow = field(default_factory=NumberRow)
     measurements: Measurements = field(default_factory=Measurements)
     end_s: float = 0.0
 

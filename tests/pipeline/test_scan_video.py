@@ -113,7 +113,7 @@ def test_segments_cover_every_frame_once() -> None:
 
 def spoiled(part: Part) -> Part:
     """A part that was decoded wrong from its beginning, as after a seek into the middle of a group of pictures."""
-    part.lead_in = [*part.lead_in[:-1], part.numbers[0]]
+    part.lead_in[-1] = part.numbers[0]
     return part
 
 
