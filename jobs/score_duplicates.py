@@ -2,6 +2,7 @@
 
 Unlike other scores these depend on which clips there are, so their `scorer_id` covers all clips that were compared: after
 a scan of more media the family is scored anew, under another id, from fingerprints of which only the new ones are made.
+Recipes that name no scorer take the one that compared most.
 """
 
 from dataclasses import dataclass
@@ -127,5 +128,7 @@ def _scored(clips: pa.Table, scorer_id: str) -> pa.Table:
             "exact": pa.array(found.exact).cast(pa.float32()),
             "near": pa.array(found.near),
             "duplicate_of": clips["clip_id"].take(places),
+            "rank": pa.array(np.arange(len(clips)), pa.int32()),
+            "rank_of_better": places.cast(pa.int32()),
         }
     )
