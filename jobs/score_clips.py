@@ -56,7 +56,7 @@ def score_clips(
     name = BUILT_IN.get(family, family)
     if ":" not in name:
         raise ConfigError(
-            f"there is no family {family!r} to score: expected caption, duplicate, {', '.join(BUILT_IN)}, or "
+            f"there is no family {family!r} to score: expected caption, duplicate, semantic, {', '.join(BUILT_IN)}, or "
             "module:name of your own (docs/adding-a-filter.md); `outback scan` scores the others"
         )
     scorer = load_scorer(name)
