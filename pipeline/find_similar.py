@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 VERSION = 1
 GRID = 2048  # a cosine is off by about 2e-4; float16 holds every point, and float32 all sums of products
 CELL_CLIPS = 1024
-NUM_PROBES = 4  # cells that a clip looks into
+NUM_PROBES = 6  # cells that a clip looks into
 MOST_COMPARED = 1 << 14  # of one cell, the best of it: thousands of one title card need not all be compared
-TRAINED_ON = 64  # clips a cell
-ROUNDS = 8
+TRAINED_ON = 256  # clips a cell
+ROUNDS = 5
 BLOCK_CLIPS = 2048
 LEAST_NORM = 1e-6
 
@@ -36,7 +36,7 @@ class Similar:
     place: Places
 
 
-def unit_vectors(sums: NDArray[np.float32]) -> Vectors:
+def unit_vectors(sums: NDArray[np.floating]) -> Vectors:
     """Sums of vectors [clips, dim] -> their directions, on the grid. A sum of nothing stays zero."""
     wide = sums.astype(np.float64)
     norms = np.sqrt(np.square(wide).sum(axis=1, keepdims=True))
@@ -83,15 +83,18 @@ def _cells(vectors: Vectors, places: Places) -> NDArray[np.int32]:
 def _centres(vectors: Vectors, places: Places, num_cells: int) -> NDArray[np.float32]:
     """Spherical k-means over clips spread evenly over the order of quality, which has nothing to do with what they show."""
     wanted = min(len(places), num_cells * TRAINED_ON)
-    learnt = vectors[places[np.linspace(0, len(places) - 1, wanted).astype(np.int64)]].astype(np.float32)
-    centres = learnt[np.linspace(0, wanted - 1, num_cells).astype(np.int64)].copy()
+    learnt = places[np.linspace(0, len(places) - 1, wanted).astype(np.int64)]
+    centres = vectors[learnt[np.linspace(0, wanted - 1, num_cells).astype(np.int64)]].astype(np.float32)
     for _ in range(ROUNDS if num_cells > 1 else 0):
-        blocks = range(0, wanted, BLOCK_CLIPS)
-        own = np.concatenate([(learnt[start : start + BLOCK_CLIPS] @ centres.T).argmax(axis=1) for start in blocks])
-        order = np.argsort(own, kind="stable")
-        cells, starts = np.unique(own[order], return_index=True)
-        sums = np.add.reduceat(learnt[order], starts, axis=0, dtype=np.float32)  # exact: a cell has not 2^13 of them
-        centres[cells] = unit_vectors(sums)
+        sums = np.zeros(centres.shape)
+        for start in range(0, wanted, BLOCK_CLIPS):
+            block = vectors[learnt[start : start + BLOCK_CLIPS]].astype(np.float32)
+            own = (block @ centres.T).argmax(axis=1)
+            order = np.argsort(own, kind="stable")
+            cells, starts = np.unique(own[order], return_index=True)
+            sums[cells] += np.add.reduceat(block[order], starts, axis=0)
+        filled = sums.any(axis=1)
+        centres[filled] = unit_vectors(sums[filled])
     return centres
 
 
