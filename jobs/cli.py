@@ -176,7 +176,9 @@ def score(
     ] = None,
     overrides: SetOption = None,
     captioner: Annotated[str | None, typer.Option("--captioner", help="Whose captions: a beginning of an id.")] = None,
-    clip: Annotated[str | None, typer.Option("--clip", help="Folder of an open_clip model, for similarity.")] = None,
+    clip: Annotated[
+        str | None, typer.Option("--clip", help="Folder of an open_clip model, or hf-hub:ORG/NAME, for similarity.")
+    ] = None,
     lake: LakeOption = "./lake",
     json: JsonOption = False,
     strict: StrictOption = False,
