@@ -164,7 +164,7 @@ def score(
     family: Annotated[
         str,
         typer.Argument(
-            help="caption, aesthetic, duplicate, semantic, or module:name of your own. The others are scan's."
+            help="caption, aesthetic, duplicate, semantic, continuity, or module:name of your own. The others are scan's."
         ),
     ],
     set_name: Annotated[
@@ -209,6 +209,18 @@ def score(
         text = f"{alike.num_clips} clips compared by model {alike.model_id}, {alike.num_without} have no embedding"
         _answer(alike, json, f"score {alike.scorer_id}: {text}")
         _exit_if(strict and alike.num_without > 0)
+        return
+    if family == "continuity":
+        from jobs.score_continuity import ContinuityConfig, score_continuity
+        from schemas.recipe import overridden
+
+        if set_name or captioner or clip or recipe:
+            raise ConfigError("family continuity: it takes no SET, --captioner, --clip or --for")
+        cuts = overridden(ContinuityConfig(), tuple(overrides or ()), source="score continuity")
+        joined = score_continuity(_open(lake), cuts)
+        text = f"{joined.num_clips} clips by model {joined.model_id}, {joined.num_without} have no embedding to compare"
+        _answer(joined, json, f"score {joined.scorer_id}: {text}")
+        _exit_if(strict and joined.num_without > 0)
         return
     if family == "caption":
         from jobs.score import score_captions

@@ -56,8 +56,8 @@ def score_clips(
     name = BUILT_IN.get(family, family)
     if ":" not in name:
         raise ConfigError(
-            f"there is no family {family!r} to score: expected caption, duplicate, semantic, {', '.join(BUILT_IN)}, or "
-            "module:name of your own (docs/adding-a-filter.md); `outback scan` scores the others"
+            f"there is no family {family!r} to score: expected caption, duplicate, semantic, continuity, "
+            f"{', '.join(BUILT_IN)}, or module:name of your own (docs/adding-a-filter.md); `outback scan` scores the others"
         )
     scorer = load_scorer(name)
     table = scorer.table if family in BUILT_IN else _own_table(lake, scorer)

@@ -21,7 +21,7 @@ from schemas.catalog import Lake
 from schemas.clips import CLIPS
 from schemas.columns import WRITTEN_AT
 from schemas.errors import ConfigError
-from schemas.scores import AESTHETIC, COMPARING, DUPLICATE, OWN_COMMON, SEMANTIC
+from schemas.scores import AESTHETIC, COMPARING, CONTINUITY, DUPLICATE, OWN_COMMON, SEMANTIC
 from schemas.table import Table, update_sha256
 
 RANKS = ["rank", "rank_of_better"]
@@ -230,8 +230,9 @@ def how_to_fill(table: Table) -> str:
         return "Run `outback score caption SET`"
     if table is DUPLICATE:
         return "Run `outback score duplicate`"
-    if table is SEMANTIC:
-        return "Run `outback score semantic`, which needs the embeddings that `outback score aesthetic` keeps,"
+    if table in (SEMANTIC, CONTINUITY):
+        family = table.name.removeprefix("score_")
+        return f"Run `outback score {family}`, which needs the embeddings that `outback score aesthetic` keeps,"
     if table is AESTHETIC:
         return (
             "Run `outback score aesthetic`, which needs the weights of LAION's predictor and of open_clip's ViT-L/14,"

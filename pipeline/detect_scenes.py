@@ -8,6 +8,7 @@ by itself. The numbers come from `pipeline.frame_meter`.
 
 from array import array
 from bisect import bisect_left
+from collections.abc import Collection
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
@@ -26,6 +27,15 @@ ROUNDING_S = 1e-6
 ROUNDING_PARTS = 1e-6  # a scene of just the longest length is one part
 
 
+class Joined(Config):
+    """Which cuts are left out: those across which a scene goes on, by `outback score continuity`."""
+
+    scorer: str
+    """A `scorer_id` of `score_continuity`, which scored the clips of the same settings without this one."""
+    low: float = Field(ge=-1, le=1)
+    """The least `continuity` of a clip that is joined to the one before it."""
+
+
 class SegmentationConfig(Config):
     """The detectors and their settings."""
 
@@ -33,6 +43,7 @@ class SegmentationConfig(Config):
     fade_threshold: int = Field(12, ge=0, le=255)  # ours, likewise; mean of the 8-bit channels
     min_scene_len_frames: int = Field(15, ge=0)  # ours, likewise
     max_scene_s: float | None = Field(None, ge=2.0)  # a longer scene is divided into equal clips; None keeps it whole
+    joined: Joined | None = None
 
     @property
     def segmentation_id(self) -> str:
@@ -119,9 +130,11 @@ class SceneCutter:
         """First frame of every clip but the first, in order."""
         return sorted({self._frame_of(cut) for cut in self._cuts} - {0})
 
-    def spans(self, end_s: float) -> list[Span]:
-        """All clips of the video, without gap or overlap. `end_s` is the time at which the last frame ends."""
-        starts = self._divided([0, *self.cuts()], end_s)
+    def spans(self, end_s: float, left_out: Collection[int] = ()) -> list[Span]:
+        """All clips of the video, without gap or overlap. `end_s` is the time at which the last frame ends, `left_out` are
+        first frames of clips that are joined to the ones before them.
+        """
+        starts = self._divided([0, *(cut for cut in self.cuts() if cut not in left_out)], end_s)
         starts_ms = [round(self._times[start] * 1000) for start in starts]
         ends = [*starts[1:], self.num_frames]
         ends_ms = [*starts_ms[1:], max(round(end_s * 1000), starts_ms[-1])]

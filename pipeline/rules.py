@@ -29,6 +29,7 @@ from schemas.recipe import Config, later_option
 from schemas.scores import (
     AESTHETIC,
     COMPARING,
+    CONTINUITY,
     DUPLICATE,
     MOTION,
     PREFIX,
@@ -122,6 +123,7 @@ class ScorerPins(Config):
     aesthetic: str | None = later_option(None)
     duplicate: str | None = later_option(None)
     semantic: str | None = later_option(None)
+    continuity: str | None = later_option(None)
     caption: str | None = later_option(None)
     families: dict[str, str] = later_option({})
     """The same for families that users added."""
@@ -167,6 +169,7 @@ class CurateRecipe(Config):
     colour: Bounds | None = None
     colourfulness: Bounds | None = None
     letterbox: Bounds | None = None
+    continuity: VideoBounds | None = later_option(None)
     aesthetic: Bounds | None = later_option(None)
     caption_words: Bounds | None = later_option(None)
     caption_repetition: Bounds | None = later_option(None)
@@ -201,6 +204,7 @@ SCORES: Mapping[str, tuple[Table, str]] = {
     "colour": (TECHNICAL, "monochrome_ratio"),
     "colourfulness": (TECHNICAL, "colourfulness"),
     "letterbox": (TECHNICAL, "letterbox_ratio"),
+    "continuity": (CONTINUITY, "continuity"),
     "aesthetic": (AESTHETIC, "aesthetic"),
     "caption_words": (CAPTION_SCORES, "words"),
     "caption_repetition": (CAPTION_SCORES, "repetition"),

@@ -9,7 +9,7 @@ in the frames that it sees for the second time, the file cannot be entered in it
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -65,12 +65,12 @@ class Part:
         self.numbers += later.numbers
         self.end_s = later.end_s
 
-    def spans(self, config: SegmentationConfig) -> list[Span]:
-        """The clips of the whole video."""
+    def spans(self, config: SegmentationConfig, left_out: Collection[int] = ()) -> list[Span]:
+        """The clips of the whole video, without the cuts before the frames that are left out."""
         cutter = SceneCutter(config, self.fps)
         for pts, numbers in zip(self.pts, self.numbers, strict=True):
             cutter.see(numbers, pts, self.time_base)
-        return cutter.spans(self.end_s)
+        return cutter.spans(self.end_s, left_out)
 
 
 def scan_video(path: Path, config: "ScanConfig") -> Part:

@@ -123,6 +123,15 @@ SEMANTIC = _family(
     _score("semantic", "cosine of the mean embeddings of it and the better clip most like it; -1 if none was compared"),
     *BETTER,
 )
+CONTINUITY = _family(
+    "continuity",
+    "Whether a clip goes on with what the clip before it in its medium shows, by the embeddings of their frames.",
+    _score(
+        "continuity",
+        "largest cosine of one of the two frames nearest to the cut on one side with one on the other; -1 for the first clip",
+    ),
+    Column("continues", pa.string(), "the clip before it; null for the first of a medium", nullable=True),
+)
 COMPARING = {DUPLICATE.name: ("exact", "near"), SEMANTIC.name: ("semantic",)}
 """Families that compare all clips with each other, and their scores of likeness: rules over these keep one clip of a group."""
 

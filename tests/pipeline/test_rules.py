@@ -30,7 +30,7 @@ from pipeline.rules import (
 from schemas.captions import CAPTION_SCORES
 from schemas.clips import CLIPS
 from schemas.identity import clip_id
-from schemas.scores import AESTHETIC, DUPLICATE, FAMILIES, MOTION, RESOLUTION, SEMANTIC
+from schemas.scores import AESTHETIC, CONTINUITY, DUPLICATE, FAMILIES, MOTION, RESOLUTION, SEMANTIC
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
@@ -93,7 +93,7 @@ def test_every_section_of_a_recipe_asks_about_a_score_there_is() -> None:
     assert sections == {*SCORES, "families"}  # families name their tables and columns themselves
     assert SCORES[SPLIT] == (CLIPS, SPLIT)  # no score: it comes from the id
     for family, column in (score for name, score in SCORES.items() if name != SPLIT):
-        assert family in (*FAMILIES, AESTHETIC, DUPLICATE, SEMANTIC, CAPTION_SCORES)
+        assert family in (*FAMILIES, AESTHETIC, DUPLICATE, SEMANTIC, CONTINUITY, CAPTION_SCORES)
         assert column in family.names
 
 
