@@ -1,7 +1,7 @@
 """The tables that a set is made from: the rows of one producer each, with the hash of their content.
 
 Raises everywhere: ConfigError if a table is empty, or holds several producers and the recipe names none of them. Of the
-scorers that compared clips with each other the one that compared most is taken; of equals the one that wrote last.
+scorers that compared clips with each other the one that compared most of them is taken; of equals the one that wrote last.
 """
 
 import hashlib
@@ -177,7 +177,7 @@ class _Reader:
         listed = ", ".join(f"{found} ({count} rows)" for found, count in sorted(counts.items()))
         if wanted is None:
             if table.name in COMPARING and counts:
-                counts = self._widest(table, counts, snapshot_id)
+                counts = self._widest(table, rows, snapshot_id)
             if len(counts) != 1:
                 raise ConfigError(f"{table.name} holds several: {listed}. Choose one with --set {option}=...")
             (wanted,) = counts
@@ -187,16 +187,20 @@ class _Reader:
         ids, rest = self._ids(mine["clip_id"]), mine.drop_columns(["clip_id"])
         return Input(table, (option, wanted), ids, rest, self.beside.submit(_sha256, ids, rest), uuid, snapshot_id)
 
-    def _widest(self, table: Table, counts: Mapping[str, int], snapshot_id: int) -> dict[str, int]:
-        """The scorer with the most rows; of equals the one whose last row is the newest."""
-        most = max(counts.values())
+    def _widest(self, table: Table, rows: pa.Table, snapshot_id: int) -> dict[str, int]:
+        """The scorer that compared most of the clips; of equals the one whose last row is the newest."""
+        by = table.key[1]
+        if len(pc.unique(rows[by])) > 1:
+            rows = rows.filter(pc.is_in(rows["clip_id"], value_set=self.known[0].found.combine_chunks()))
+        counts = {item["values"]: item["counts"] for item in pc.value_counts(rows[by]).to_pylist()}
+        most = max(counts.values(), default=0)
         widest = [scorer for scorer, count in counts.items() if count == most]
         if len(widest) > 1:
-            rows = self.lake.read(table, [table.key[1], WRITTEN_AT.name], at=snapshot_id)
-            rows = rows.filter(pc.is_in(rows[table.key[1]], pa.array(widest)))
-            last = rows.group_by(table.key[1]).aggregate([(WRITTEN_AT.name, "max")]).to_pylist()
-            widest = [max(last, key=lambda row: (row[f"{WRITTEN_AT.name}_max"], row[table.key[1]]))[table.key[1]]]
-        return {widest[0]: most}
+            times = self.lake.read(table, [by, WRITTEN_AT.name], at=snapshot_id)
+            times = times.filter(pc.is_in(times[by], value_set=pa.array(widest)))
+            last = times.group_by(by).aggregate([(WRITTEN_AT.name, "max")]).to_pylist()
+            widest = [max(last, key=lambda row: (row[f"{WRITTEN_AT.name}_max"], row[by]))[by]]
+        return {scorer: most for scorer in widest}
 
     def _ids(self, found: pa.ChunkedArray) -> _Ids:
         for ids in self.known:

@@ -98,6 +98,17 @@ def test_the_scorer_that_compared_most_is_taken_and_a_published_set_stays(tmp_pa
     assert read_set(lake, "before")["clip_id"].to_pylist() == [name(0)]
 
 
+def test_a_scorer_counts_by_the_clips_of_the_recipe(tmp_path: Path) -> None:
+    """Clips cut in another way, and compared in a larger number, do not speak for these."""
+    lake = Lake(tmp_path / "lake")
+    put(lake, [720, 720])
+    compare(lake, [(0, -1), (1.0, 0)], "mine")
+    rows = [{"clip_id": f"other{n}", "scorer_id": "larger", "exact": 0.0, "near": 0.0, "rank": n} for n in range(5)]
+    lake.append(DUPLICATE, rows, "r")
+    result = curate(lake, RECIPE, None, dry_run=True)
+    assert (result.recipe.scorers.duplicate, result.num_clips) == ("mine", 1)
+
+
 def test_clips_that_were_not_compared_pass_no_such_rule(tmp_path: Path) -> None:
     lake = Lake(tmp_path / "lake")
     put(lake, [720, 720, 720])
