@@ -62,6 +62,37 @@ def test_the_next_best_stays_where_another_rule_rejects_the_best(tmp_path: Path)
     assert [answer.verdict for answer in freed.answers] == ["rejects", "passes"]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_explanations_funnel_and_set_agree_whatever_is_linked(tmp_path: Path, seed: int) -> None:
+    rng, lake = random.Random(seed), Lake(tmp_path / "lake")
+    put(lake, [rng.choice([100.0, 720.0]) for _ in range(16)])
+    links = [(rng.choice([0.5, 0.9, 0.95, 1.0]), rng.randrange(-1, rank) if rank else -1) for rank in range(16)]
+    compare(lake, links)
+    rows = [
+        {"clip_id": name(rank), "scorer_id": "m", "semantic": 1.0, "rank": 15 - rank, "rank_of_better": better}
+        for rank, better in ((rank, rng.choice([None, *range(15 - rank)])) for rank in range(16))
+    ]
+    lake.append(SEMANTIC, rows, "r")
+    recipe = RECIPE.model_copy(
+        update={"exact": Likeness(high=0), "semantic": Likeness(high=0.95), "split": Bounds(high=2**-58)}
+    )
+    result = curate(lake, recipe, "some")
+    told = {row["clip_id"]: row for row in explain_clips(lake, recipe).to_pylist()}
+    assert [step.rule for step in result.funnel] == ["resolution", "exact", "duplicate", "semantic", "split"]
+    for step in result.funnel:
+        assert step.num_rejected == sum(row["rule"] == step.rule for row in told.values())
+    kept = read_set(lake, "some")["clip_id"].to_pylist()
+    assert kept == [clip for clip, row in told.items() if row["verdict"] == "kept"]
+    for clip, row in told.items():
+        said = explain_clip(lake, recipe, clip)
+        assert (said.verdict, said.rule) == (row["verdict"], row["rule"])
+        by = next((answer for answer in said.answers if answer.rule == row["rule"]), None)
+        if by is not None and by.rule in ("exact", "duplicate", "semantic"):
+            order = [step.rule for step in result.funnel]
+            instead = told[str(by.stays)]["rule"]  # stays before this rule; one after it may reject it
+            assert instead is None or order.index(instead) > order.index(by.rule)
+
+
 def test_a_dear_scorer_looks_at_every_clip_of_a_group(tmp_path: Path) -> None:
     """Which of them stays hangs on its scores."""
     lake = Lake(tmp_path / "lake")
