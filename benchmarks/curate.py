@@ -1,12 +1,13 @@
 """How long another threshold takes on a made-up lake of a million clips, beside DuckDB on the same Parquet files.
 
-Usage: python benchmarks/curate.py [--clips N] [--commits N] [--folder LAKE] [--page FILE]
+Usage: python benchmarks/curate.py [--clips N] [--commits N] [--duplicates] [--folder LAKE] [--page FILE]
 
 The lake has 36 score columns in four families, written in as many commits as asked for; the clips of each commit are the
 same in all tables, as a scan writes them, unless --apart has the last family written in batches of its own. Five rounds;
 in each, one after the other and each in a process of its own on two cores: `outback --help`; the whole command `outback
 curate`; the funnel and the set after imports; and the same funnel and set by DuckDB, which is told the files, and the count
-of the set alone. Both must find the same. The figures are medians.
+of the set alone. Both must find the same. The figures are medians. With --duplicates the lake has a family of duplicates too, a
+tenth of its clips linked at random, and each round also takes the time of a recipe that keeps one of each group.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import pyarrow as pa
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
 from schemas.identity import clip_id
-from schemas.scores import MOTION, RESOLUTION, TECHNICAL, TEXT
+from schemas.scores import DUPLICATE, MOTION, RESOLUTION, TECHNICAL, TEXT
 from schemas.table import Column, Table
 
 ROUNDS = 5
@@ -49,7 +50,7 @@ RANGES = {
 }
 
 
-def make_lake(folder: Path, num_clips: int, num_commits: int, *, apart: bool) -> Lake:
+def make_lake(folder: Path, num_clips: int, num_commits: int, *, apart: bool, duplicates: bool) -> Lake:
     """Clips of media with random ids, and scores drawn at random, one in a thousand of them null."""
     lake, rng = Lake(folder), np.random.default_rng(0)
     media = [f"{number:016x}" for number in rng.integers(0, 2**64, num_clips, np.uint64).tolist()]
@@ -63,7 +64,22 @@ def make_lake(folder: Path, num_clips: int, num_commits: int, *, apart: bool) ->
             lake.append(*_scores(family, part, rng), "benchmark")
     for part in np.array_split(rng.permutation(names), num_commits) if apart else ():
         lake.append(*_scores(FAMILIES[-1], part, rng), "benchmark")
+    if duplicates:
+        lake.append(DUPLICATE, _duplicates(rng.permutation(names), rng), "benchmark")
     return lake
+
+
+def _duplicates(names: np.ndarray, rng: np.random.Generator) -> pa.Table:
+    """Clips, the best first, of which a tenth are like a better one."""
+    count = len(names)
+    better = (rng.random(count) * np.arange(count)).astype(np.int64)
+    alone = rng.random(count) >= 0.1
+    alone[0] = True
+    near = np.where(alone, 0, rng.uniform(0.9, 1, count)).astype(np.float32)
+    ranks = {"rank": np.arange(count, dtype=np.int32), "rank_of_better": pa.array(better.astype(np.int32), mask=alone)}
+    of = pa.array(names).take(pa.array(better, mask=alone))
+    scores = {"exact": pa.repeat(pa.scalar(0, pa.float32()), count), "near": near, "duplicate_of": of, **ranks}
+    return pa.table({"clip_id": names, "scorer_id": pa.repeat("fedcba9876543210", count), **scores})
 
 
 def _clips(names: np.ndarray) -> pa.Table:
@@ -91,13 +107,13 @@ def _scores(family: Table, names: np.ndarray, rng: np.random.Generator) -> tuple
     return wide, pa.table(rows)
 
 
-def time_outback(folder: str, small: str, change: str, name: str) -> dict[str, Any]:
+def time_outback(folder: str, small: str, change: str, name: str, *more: str) -> dict[str, Any]:
     """In a process of its own: seconds from an open recipe to a published set. The small lake brings the imports."""
     os.environ["MIMALLOC_PURGE_DELAY"] = "-1"  # as the command does
     from jobs.curate import curate, leave_pandas_out, load_curate_recipe
 
     leave_pandas_out()
-    recipe = load_curate_recipe(RECIPE, [change])
+    recipe = load_curate_recipe(RECIPE, [change, *more])
     curate(Lake(small), recipe, name)
     wall, cpu = time.perf_counter(), time.process_time()
     result = curate(Lake(folder), recipe, name)
@@ -165,7 +181,7 @@ def _child(what: str, *arguments: str) -> dict[str, Any]:
     return dict(json.loads(told))
 
 
-def measure(folder: str, small: str, scratch: Path) -> dict[str, list[dict[str, Any]]]:
+def measure(folder: str, small: str, scratch: Path, *, duplicates: bool) -> dict[str, list[dict[str, Any]]]:
     """Five rounds of everything, one after the other."""
     found: dict[str, list[dict[str, Any]]] = {"help": [], "command": [], "outback": [], "duckdb": []}
     program, stamp = [sys.executable, "-m", "jobs.cli"], time.time_ns()
@@ -177,6 +193,9 @@ def measure(folder: str, small: str, scratch: Path) -> dict[str, list[dict[str, 
         found["command"].append(seconds(whole))
         found["outback"].append(_child("outback", folder, small, change, name))
         found["duckdb"].append(_child("duckdb", folder, small, change, str(scratch / "kept.parquet")))
+        if duplicates:
+            one = _child("outback", folder, small, change, f"{name}-one", "duplicate.high=0.9")
+            found.setdefault("one_of_a_group", []).append(one)
         ours, theirs = found["outback"][-1], found["duckdb"][-1]
         assert (ours["rejected"], ours["kept"]) == (theirs["rejected"], theirs["kept"]), (ours, theirs)
         print(f"round {index + 1} of {ROUNDS}: {ours['wall']:.2f} s, DuckDB {theirs['wall']:.2f} s", file=sys.stderr)
@@ -201,6 +220,7 @@ def page(found: dict[str, list[dict[str, Any]]], about: str) -> str:
         "| | wall, s | range, s | CPU, s |",
         "|---|---|---|---|",
         row("funnel and set, after imports", "outback"),
+        *([row("the same, and one clip of each group", "one_of_a_group")] if "one_of_a_group" in found else []),
         row("DuckDB: the same funnel and set", "duckdb"),
         row("DuckDB: the count of the set alone", "duckdb", "count_wall", "count_cpu"),
         row("`outback curate`, the whole process", "command"),
@@ -222,6 +242,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=1_000_000)
     parser.add_argument("--commits", type=int, default=64)
     parser.add_argument("--apart", action="store_true", help="write the last family in batches of its own")
+    parser.add_argument("--duplicates", action="store_true", help="also keep one clip of each group of duplicates")
     parser.add_argument("--folder", type=Path, help="keep the lake here, or use the one that is here")
     parser.add_argument(
         "--page", type=Path, help="Markdown file whose beginning, up to its first section, this replaces"
@@ -229,11 +250,11 @@ def main() -> None:
     options = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     with tempfile.TemporaryDirectory() as scratch:
-        small = make_lake(Path(scratch) / "small", 2_000, 1, apart=False).where
+        small = make_lake(Path(scratch) / "small", 2_000, 1, apart=False, duplicates=options.duplicates).where
         folder = options.folder or Path(scratch) / "lake"
         if not folder.exists():
-            make_lake(folder, options.clips, options.commits, apart=options.apart)
-        found = measure(str(folder), small, Path(scratch))
+            make_lake(folder, options.clips, options.commits, apart=options.apart, duplicates=options.duplicates)
+        found = measure(str(folder), small, Path(scratch), duplicates=options.duplicates)
         facts = Lake(folder).facts(CLIPS)
     last = found["outback"][-1]
     about = (

@@ -162,7 +162,10 @@ def caption(
 @app.command()
 def score(
     family: Annotated[
-        str, typer.Argument(help="caption, aesthetic, duplicate, or module:name of your own. The others are scan's.")
+        str,
+        typer.Argument(
+            help="caption, aesthetic, duplicate, semantic, continuity, or module:name of your own. The others are scan's."
+        ),
     ],
     set_name: Annotated[
         str | None, typer.Argument(metavar="[SET]", help="A curated set; left out, all clips.", show_default=False)
@@ -173,7 +176,9 @@ def score(
     ] = None,
     overrides: SetOption = None,
     captioner: Annotated[str | None, typer.Option("--captioner", help="Whose captions: a beginning of an id.")] = None,
-    clip: Annotated[str | None, typer.Option("--clip", help="Folder of an open_clip model, for similarity.")] = None,
+    clip: Annotated[
+        str | None, typer.Option("--clip", help="Folder of an open_clip model, or hf-hub:ORG/NAME, for similarity.")
+    ] = None,
     lake: LakeOption = "./lake",
     json: JsonOption = False,
     strict: StrictOption = False,
@@ -192,6 +197,30 @@ def score(
         text = f"{compared.num_clips} clips compared; fingerprints: {_found(compared, 'made')}"
         _answer(compared, json, f"score {compared.scorer_id}: {text}")
         _exit_if(strict and _num_rejected(compared) > 0)
+        return
+    if family == "semantic":
+        from jobs.score_semantic import SemanticConfig, score_semantic
+        from schemas.recipe import overridden
+
+        if captioner or clip or recipe:
+            raise ConfigError("family semantic: it takes no --captioner, --clip or --for")
+        options = overridden(SemanticConfig(), tuple(overrides or ()), source="score semantic")
+        alike = score_semantic(_open(lake), set_name, options)
+        text = f"{alike.num_clips} clips compared by model {alike.model_id}, {alike.num_without} have no embedding"
+        _answer(alike, json, f"score {alike.scorer_id}: {text}")
+        _exit_if(strict and alike.num_without > 0)
+        return
+    if family == "continuity":
+        from jobs.score_continuity import ContinuityConfig, score_continuity
+        from schemas.recipe import overridden
+
+        if set_name or captioner or clip or recipe:
+            raise ConfigError("family continuity: it takes no SET, --captioner, --clip or --for")
+        cuts = overridden(ContinuityConfig(), tuple(overrides or ()), source="score continuity")
+        joined = score_continuity(_open(lake), cuts)
+        text = f"{joined.num_clips} clips by model {joined.model_id}, {joined.num_without} have no embedding to compare"
+        _answer(joined, json, f"score {joined.scorer_id}: {text}")
+        _exit_if(strict and joined.num_without > 0)
         return
     if family == "caption":
         from jobs.score import score_captions

@@ -91,10 +91,3 @@ def num_cpus() -> int:
     import ray
 
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
-
-
-def num_gpus() -> int:
-    """GPUs of the connected cluster."""
-    import ray
-
-    return int(ray.cluster_resources().get("GPU", 0))

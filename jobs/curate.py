@@ -233,7 +233,7 @@ def _check_coverage(item: Input, required: float, rules: Sequence[Rule], scored:
         return 0
     missing = int(undecided(rules, scored.clips, scored.absent, name, first).sum())
     num_asked = int(reached(rules, scored.clips, first, name).sum())
-    if missing > (1.0 - required) * num_asked:
+    if num_asked - missing < required * num_asked:
         raise ConfigError(
             f"{name} has no row of scorer {item.pinned[1]} for {missing} of {num_asked} clips, and the recipe wants "
             f"coverage={required:g}. {how_to_fill(item.table)} to complete the scores, or accept it with "

@@ -1,23 +1,37 @@
 """Explain: one clip before the rules of a recipe, or of a set as it was made: value, bound and verdict of each, in order.
 
-Reads the rows of that clip alone. Where a rule has rejected the clip, those after it are still worked out: they say what
-another threshold would bring.
+Reads the rows of that clip alone, unless a rule keeps one clip of a group: then all clips are judged, as curate does. Where
+a rule has rejected the clip, those after it are still worked out: they say what another threshold would bring.
 """
 
 import json as jsonlib
 import shutil
 import textwrap
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from jobs.curate import set_recipe, set_row
 from jobs.families import is_own
-from jobs.set_inputs import check_columns, how_to_fill
-from pipeline.rules import SPLIT, CurateRecipe, Mask, Rule, asked, float32, passes, rules_of, split_of
+from jobs.set_inputs import Scored, check_columns, empty_families, how_to_fill, read_scored
+from pipeline.rules import (
+    KEPT,
+    SPLIT,
+    CurateRecipe,
+    Mask,
+    Rule,
+    asked,
+    first_rejections,
+    float32,
+    passes,
+    rules_of,
+    split_of,
+    stays,
+)
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
 from schemas.errors import ConfigError
@@ -29,7 +43,9 @@ WIDTH = 100  # of lines that no terminal shows
 
 @dataclass(frozen=True)
 class Answer:
-    """One rule about one clip. `verdict`: passes, rejects, open (the score is not there yet), or not asked."""
+    """One rule about one clip. `verdict`: passes, rejects, open (the score is not there yet), or not asked. `stays`: the clip
+    of its group that the rule keeps in its place.
+    """
 
     rule: str
     column: str
@@ -37,6 +53,7 @@ class Answer:
     bound: str
     verdict: str
     rescue: tuple["Answer", ...] = ()
+    stays: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +76,12 @@ def explain_clip(lake: Lake, recipe: CurateRecipe, clip: str, at: Mapping[str, i
     at = at or {}
     row = _find(lake, recipe, clip, at)
     rules = rules_of(recipe)
+    group = None
+    if any(rule.keeps_one for rule in rules):
+        scored = read_scored(lake, recipe, rules, empty_families(lake, rules), at)
+        pins = {item.table.name.removeprefix("score_"): item.pinned[1] for item in scored.inputs[1:]}
+        recipe = recipe.model_copy(update={"scorers": recipe.scorers.pinned(pins)})
+        group = _InGroups(rules, scored, row["clip_id"])
     columns: dict[str, pa.Array] = {"kind": pa.array([row["kind"]])}
     absent: dict[str, Mask] = {}
     remedies = []
@@ -68,13 +91,16 @@ def explain_clip(lake: Lake, recipe: CurateRecipe, clip: str, at: Mapping[str, i
         if table is CLIPS:
             columns[SPLIT] = split_of(pa.chunked_array([[row["clip_id"]]]))
             continue
-        scored = _scores(lake, recipe, table, wanted, row["clip_id"], at)
-        columns |= {name: pa.array([scored[name] if scored else None], pa.float32()) for name in wanted}
-        if scored is None:
+        found = _scores(lake, recipe, table, wanted, row["clip_id"], at)
+        columns |= {name: pa.array([found[name] if found else None], pa.float32()) for name in wanted}
+        if found is None:
             absent[table.name] = np.ones(1, np.bool_)
             remedies.append(f"{table.name} has no row for the clip. {how_to_fill(table)} to get one.")
     clips = pa.table(columns)
-    answers = tuple(_answer(rule, clips, absent) for rule in rules)
+    answers = tuple(
+        group.answer(index, _answer(rule, clips, absent)) if group and rule.keeps_one else _answer(rule, clips, absent)
+        for index, rule in enumerate(rules)
+    )
     verdict, by = "kept", None
     if row["kind"] not in recipe.kinds:
         verdict = f"not asked for: the recipe takes {' and '.join(recipe.kinds)}"
@@ -82,6 +108,32 @@ def explain_clip(lake: Lake, recipe: CurateRecipe, clip: str, at: Mapping[str, i
         by = next((answer for answer in answers if answer.verdict in ("rejects", "open")), None)
         verdict = {"rejects": "rejected", "open": "open"}[by.verdict] if by else "kept"
     return Explanation(row["clip_id"], row["kind"], verdict, by.rule if by else None, answers, tuple(remedies))
+
+
+class _InGroups:
+    """What rules that keep one clip of a group do with a clip, which depends on what all rules do with the others."""
+
+    def __init__(self, rules: Sequence[Rule], scored: Scored, clip_id: str) -> None:
+        self.rules, self.clips = rules, scored.clips
+        self.first = first_rejections(rules, scored.clips)
+        self.place = pc.index(scored.clips["clip_id"], clip_id).as_py()  # -1 for one of a kind that is not asked for
+
+    def answer(self, index: int, alone: Answer) -> Answer:
+        """A rule by its index, and what it says of the clip alone -> what it says of it among those left before it."""
+        if self.place < 0 or alone.verdict not in ("passes", "rejects") or alone.value is None:
+            return alone
+        rule = self.rules[index]
+        left = (self.first >= index) | (self.first == KEPT)
+        left[self.place] = True  # also where another rule has rejected it
+        through = stays(rule, self.clips, left)
+        if through[self.place]:
+            return replace(alone, verdict="passes")
+        group = self.clips[rule.group_columns[0]]
+        if not group[self.place].is_valid:
+            return alone
+        same = pc.equal(group, group[self.place]).combine_chunks().fill_null(False).to_numpy(zero_copy_only=False)
+        kept = int(np.flatnonzero(same & through)[0])
+        return replace(alone, verdict="rejects", stays=self.clips["clip_id"][kept].as_py())
 
 
 def explain_in_set(lake: Lake, name: str, clip: str) -> Explanation:
@@ -109,7 +161,8 @@ def print_explanation(told: Explanation, json: bool) -> None:
 
 def _lines(answer: Answer, indent: str = "") -> list[tuple[str, str, str, str]]:
     value = "null" if answer.value is None else f"{answer.value:.6g}"
-    lines = [(indent + answer.rule, value, answer.bound, answer.verdict)]
+    instead = f"; {answer.stays} stays" if answer.stays else ""
+    lines = [(indent + answer.rule, value, answer.bound, answer.verdict + instead)]
     for rescue in answer.rescue:
         lines += _lines(rescue, "   or " if rescue is answer.rescue[0] else "  and ")
     return lines

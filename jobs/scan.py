@@ -18,10 +18,11 @@ from pipeline.scan_medium import ScanConfig, scan_medium
 from pipeline.stage import Rows, Stage, StageOutcome, left_to_do, run_stage
 from schemas.catalog import Lake
 from schemas.clips import CLIPS, SCANS
-from schemas.errors import RowError
+from schemas.errors import ConfigError, RowError
 from schemas.media import LOCATIONS, MEDIA
 from schemas.recipe import short_hash
-from schemas.scores import FAMILIES
+from schemas.runs import ATTEMPTS
+from schemas.scores import CONTINUITY, FAMILIES
 
 WORKER_MEMORY_MB = 512  # what a scan of ordinary media holds; limits.memory_mb is what a hostile one may take
 
@@ -46,7 +47,7 @@ class ScanWorker:
     def process(self, item: Mapping[str, Any]) -> Rows:
         """One medium -> rows of `clips`, every score family and `scans`."""
         path = _same_bytes(item)
-        result = self.sandbox.run(scan_medium, path, item["media_id"], item["kind"], self.config)
+        result = self.sandbox.run(scan_medium, path, item["media_id"], item["kind"], self.config, item["left_out"])
         return {CLIPS.name: result.clips, **result.scores, SCANS.name: [result.scan]}
 
 
@@ -67,7 +68,8 @@ def scan_stage(config: ScanConfig) -> Stage:
 def scan(lake: Lake, config: ScanConfig, *, retry_failed: bool = False) -> ScanReport:
     """Scan what is left. Does not start Ray when nothing is.
 
-    Raises: FailureRateError if more media fail, or failed before and are left alone, than the recipe allows.
+    Raises: FailureRateError if more media fail, or failed before and are left alone, than the recipe allows; ConfigError if
+        scenes are to be joined and a medium has a cut that the scorer did not score.
     """
     check_decoder(config.decoder)
     stage = scan_stage(config)
@@ -79,6 +81,7 @@ def scan(lake: Lake, config: ScanConfig, *, retry_failed: bool = False) -> ScanR
         config.failures.check("media", len(media) - left.num_given_up, left.given_up)
         return ScanReport(config.scan_id, len(media), left.num_given_up, None)
     todo = _with_places(lake, left.items)
+    todo = todo.append_column("left_out", _left_out(lake, config, todo))
     inputs = {"media": lake.snapshot_id(MEDIA), "todo": len(todo), "scan_id": config.scan_id}
     with recorded(lake, "scan", config, inputs) as run, progress("scan") as advance:
         ensure_ray()
@@ -86,6 +89,35 @@ def scan(lake: Lake, config: ScanConfig, *, retry_failed: bool = False) -> ScanR
         run.outcome |= {"done": outcome.num_done, "failed": outcome.num_failed, "rows": dict(outcome.rows_added)}
         run.outcome["failed_by_reason"] = dict(outcome.failed_by_reason)
     return ScanReport(config.scan_id, len(media), left.num_given_up, outcome)
+
+
+def _left_out(lake: Lake, config: ScanConfig, todo: pa.Table) -> pa.Array:
+    """Media -> of each the first frames of clips that are joined to the ones before them, none unless the recipe asks."""
+    joined = config.segmentation.joined
+    frames: dict[str, list[int]] = {medium: [] for medium in todo["media_id"].to_pylist()}
+    if joined is not None:
+        apart = config.segmentation.model_copy(update={"joined": None}).segmentation_id
+        clips = lake.read_where(CLIPS, "segmentation_id", [apart], ["clip_id", "media_id", "kind", "start_frame"])
+        clips = clips.filter(
+            pc.and_(
+                pc.equal(clips["kind"], "video"),
+                pc.is_in(clips["media_id"], value_set=todo["media_id"].combine_chunks()),
+            )
+        )
+        scores = lake.read_where(CONTINUITY, "scorer_id", [joined.scorer], ["clip_id", "continuity"])
+        found = clips.join(scores, "clip_id", join_type="left outer")
+        failed = lake.read_where(ATTEMPTS, "stage", ["scan"], ["item_id"])["item_id"].to_pylist()
+        videos = set(todo.filter(pc.equal(todo["kind"], "video"))["media_id"].to_pylist())
+        uncut = videos - set(clips["media_id"].to_pylist()) - set(failed)
+        if uncut or found["continuity"].null_count:
+            raise ConfigError(
+                f"segmentation.joined.scorer={joined.scorer} has no row for {found['continuity'].null_count} of {len(found)} "
+                f"clips, and {len(uncut)} videos were not cut yet. Run `outback scan` without segmentation.joined, `outback "
+                f"score aesthetic`, and `outback score continuity --set segmentation={apart}` first"
+            )
+        for row in found.filter(pc.greater_equal(found["continuity"], joined.low)).to_pylist():
+            frames[row["media_id"]].append(row["start_frame"])
+    return pa.array([sorted(found) for found in frames.values()], pa.list_(pa.int64()))
 
 
 def _with_places(lake: Lake, todo: pa.Table) -> pa.Table:

@@ -12,6 +12,8 @@ from jobs.clip_items import clip_items
 from jobs.cluster import ensure_ray, num_cpus
 from jobs.progress import progress
 from jobs.run import recorded
+from pipeline.clip_model import CONFIG_FILE
+from pipeline.hub_files import local_folder
 from pipeline.score_captions import VERSION, CaptionScoreConfig, CaptionScoreWorker
 from pipeline.stage import Stage, StageOutcome, left_to_do, run_stage
 from schemas.captions import CAPTION_SCORES, CAPTIONS
@@ -40,7 +42,7 @@ def score_captions(
     """
     clips = clip_items(lake, set_name)
     captioner_id, windows = _captions(lake, set_name, clips.to_pylist(), captioner)
-    clip_digest = files_digest(config.clip, "open_clip_config.json") if config.clip else None
+    clip_digest = files_digest(str(local_folder(config.clip)), CONFIG_FILE) if config.clip else None
     identity = {"version": VERSION, "captioner_id": captioner_id, "clip": clip_digest}
     scorer_id = short_hash({**identity, "windows": config.windows.identity() if config.clip else None})
     stage = Stage(

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from jobs.clip_items import COLUMNS, with_places
-from jobs.cluster import ensure_ray, num_cpus, num_gpus
+from jobs.cluster import ensure_ray, num_cpus
 from jobs.curate import read_set, undecided_clips
 from jobs.families import all_tables, is_own
 from jobs.progress import progress
@@ -56,8 +56,8 @@ def score_clips(
     name = BUILT_IN.get(family, family)
     if ":" not in name:
         raise ConfigError(
-            f"there is no family {family!r} to score: expected caption, duplicate, {', '.join(BUILT_IN)}, or "
-            "module:name of your own (docs/adding-a-filter.md); `outback scan` scores the others"
+            f"there is no family {family!r} to score: expected caption, duplicate, semantic, continuity, "
+            f"{', '.join(BUILT_IN)}, or module:name of your own (docs/adding-a-filter.md); `outback scan` scores the others"
         )
     scorer = load_scorer(name)
     table = scorer.table if family in BUILT_IN else _own_table(lake, scorer)
@@ -86,7 +86,7 @@ def score_clips(
         progress(f"score {table.name.removeprefix(PREFIX)}") as advance,
     ):
         ensure_ray()
-        outcome = run_stage(lake, stage, with_places(lake, left.items), run.run_id, _num_workers(config), advance)
+        outcome = run_stage(lake, stage, with_places(lake, left.items), run.run_id, num_cpus(), advance)
         run.outcome |= {"done": outcome.num_done, "failed": outcome.num_failed}
     return ScoreReport(identity, len(clips), left.num_given_up, outcome)
 
@@ -124,16 +124,3 @@ def _own_table(lake: Lake, scorer: type[ClipScorer[Any]]) -> Table:
         if taken := sorted(set(scores) & beside):
             raise ConfigError(f"family {family!r}: {other.name} has columns {taken}: choose names of your own")
     return own_family(family, table.doc, scores)
-
-
-def _num_workers(config: ScorerConfig) -> int:
-    execution = config.execution
-    room = num_cpus() // execution.num_cpus
-    if execution.num_gpus:
-        room = min(room, num_gpus() // execution.num_gpus)
-    if not room:
-        raise ConfigError(
-            f"a worker wants {execution.num_cpus} CPUs and {execution.num_gpus} GPUs, the cluster has {num_cpus()} and "
-            f"{num_gpus()}: lower execution.num_cpus or execution.num_gpus"
-        )
-    return room

@@ -2,6 +2,7 @@
 
 Unlike other scores these depend on which clips there are, so their `scorer_id` covers all clips that were compared: after
 a scan of more media the family is scored anew, under another id, from fingerprints of which only the new ones are made.
+Recipes that name no scorer take the one that compared most.
 """
 
 from dataclasses import dataclass
@@ -9,24 +10,19 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from jobs.clip_items import COLUMNS, with_places
+from jobs.clip_items import with_places
 from jobs.cluster import ensure_ray, num_cpus
-from jobs.curate import read_set
+from jobs.compared_clips import by_quality, compared_clips, compared_columns, compared_sha256, is_image
 from jobs.progress import progress
 from jobs.run import recorded
 from pipeline.find_duplicates import VERSION, find_duplicates
 from pipeline.fingerprint_clips import NUM_FRAMES, FingerprintConfig, FingerprintWorker, fingerprint_id
 from pipeline.stage import Stage, StageOutcome, left_to_do, run_stage
 from schemas.catalog import Lake
-from schemas.clips import CLIPS
-from schemas.errors import ConfigError
 from schemas.fingerprints import FINGERPRINTS
-from schemas.media import MEDIA
 from schemas.recipe import short_hash
 from schemas.scores import DUPLICATE
-from schemas.table import content_sha256
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ def score_duplicates(
 
     Raises: ConfigError if no set is named and the clips were cut in several ways: they would overlap.
     """
-    members = _members(lake, set_name)
+    members = compared_clips(lake, set_name)
     stage = Stage(
         name="fingerprint",
         # More than the fingerprint's id: what failed under one limit is worth another try under others.
@@ -74,18 +70,6 @@ def score_duplicates(
     return DuplicateReport(scorer_id, len(clips), left.num_given_up, outcome, num_new)
 
 
-def _members(lake: Lake, set_name: str | None) -> pa.Table:
-    if set_name is not None:
-        return read_set(lake, set_name).select(COLUMNS)
-    clips = lake.read(CLIPS, ["segmentation_id", *COLUMNS])
-    ways = sorted(pc.unique(clips["segmentation_id"]).to_pylist())
-    if len(ways) > 1:
-        raise ConfigError(
-            f"clips were cut in several ways, {', '.join(ways)}, and would overlap: give a SET to compare"
-        )
-    return clips.select(COLUMNS)
-
-
 def _known(lake: Lake, members: pa.Table) -> tuple[str, int] | None:
     """The scorer's id and how many clips it compared, if its rows are there."""
     clips = _fingerprinted(lake, members)
@@ -98,17 +82,11 @@ def _fingerprinted(lake: Lake, members: pa.Table) -> pa.Table:
     """Clips with a fingerprint, the best first: more pixels, then sharper, then by id."""
     columns = ["clip_id", "hashes", "blank", "pixels_sha256", "sharpness"]
     prints = lake.read_where(FINGERPRINTS, "fingerprint_id", [fingerprint_id()], columns)
-    media = lake.read(MEDIA, ["media_id", "width_px", "height_px"])
-    area = pc.multiply(media["width_px"].cast(pa.int64()), media["height_px"].cast(pa.int64()))
-    media = pa.table({"media_id": media["media_id"], "area_px": area})
-    clips = members.select(["clip_id", "media_id", "kind"]).join(prints, "clip_id", join_type="inner")
-    clips = clips.join(media, "media_id", join_type="inner")
-    return clips.sort_by([("area_px", "descending"), ("sharpness", "descending"), ("clip_id", "ascending")])
+    return by_quality(lake, members.select(["clip_id", "media_id", "kind"]).join(prints, "clip_id", join_type="inner"))
 
 
 def _scorer_id(clips: pa.Table) -> str:
-    compared = content_sha256(clips, ["clip_id", "area_px", "sharpness"], ["clip_id"])
-    return short_hash({"version": VERSION, "fingerprint_id": fingerprint_id(), "compared": compared})
+    return short_hash({"version": VERSION, "fingerprint_id": fingerprint_id(), "compared": compared_sha256(clips)})
 
 
 def _scored(clips: pa.Table, scorer_id: str) -> pa.Table:
@@ -117,15 +95,7 @@ def _scored(clips: pa.Table, scorer_id: str) -> pa.Table:
         hashes.astype(np.uint64),
         clips["blank"].to_numpy(),
         np.array(clips["pixels_sha256"].to_pylist(), object),
-        pc.equal(clips["kind"], "image").cast(pa.int64()).to_numpy(),
+        is_image(clips).to_numpy(),
     )
-    places = pa.array(found.place, mask=found.place < 0)
-    return pa.table(
-        {
-            "clip_id": clips["clip_id"],
-            "scorer_id": pa.array([scorer_id] * len(clips)),
-            "exact": pa.array(found.exact).cast(pa.float32()),
-            "near": pa.array(found.near),
-            "duplicate_of": clips["clip_id"].take(places),
-        }
-    )
+    scores = {"exact": pa.array(found.exact).cast(pa.float32()), "near": pa.array(found.near)}
+    return pa.table({**scores, **compared_columns(clips, scorer_id, found.place)})

@@ -1,10 +1,11 @@
 """The tables that a set is made from: the rows of one producer each, with the hash of their content.
 
-Raises everywhere: ConfigError if a table is empty, or holds several producers and the recipe names none of them.
+Raises everywhere: ConfigError if a table is empty, or holds several producers and the recipe names none of them. Of the
+scorers that compared clips with each other the one that compared most of them is taken; of equals the one that wrote last.
 """
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -13,13 +14,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.families import is_own
-from pipeline.rules import SPLIT, CurateRecipe, Mask, Rule, asked, is_one_of, split_of
+from pipeline.keep_best import groups
+from pipeline.rules import SPLIT, CurateRecipe, Mask, Rule, asked, float32, is_one_of, split_of
 from schemas.captions import CAPTION_SCORES
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
+from schemas.columns import WRITTEN_AT
 from schemas.errors import ConfigError
-from schemas.scores import AESTHETIC, DUPLICATE, OWN_COMMON
+from schemas.scores import AESTHETIC, COMPARING, CONTINUITY, DUPLICATE, OWN_COMMON, SEMANTIC
 from schemas.table import Table, update_sha256
+
+RANKS = ["rank", "rank_of_better"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,9 @@ class Input:
 
 @dataclass(frozen=True)
 class Scored:
-    """Clips with `kind` and the scores that rules read, null where there is none, and by family who has no row at all."""
+    """Clips with `kind`, the scores that rules read, null where there is none, and groups and ranks where rules keep one of a
+    group; and by family who has no row at all.
+    """
 
     inputs: tuple[Input, ...]
     clips: pa.Table
@@ -68,9 +75,17 @@ def empty_families(lake: Lake, rules: Sequence[Rule]) -> dict[str, Table]:
     return {name: table for name, table in families.items() if lake.snapshot_id(table) is None}
 
 
-def read_scored(lake: Lake, recipe: CurateRecipe, rules: Sequence[Rule], unread: Collection[str] = ()) -> Scored:
-    """What the rules ask about. Families that are `unread` are absent for every clip."""
-    reader = _Reader(lake, recipe)
+def read_scored(
+    lake: Lake,
+    recipe: CurateRecipe,
+    rules: Sequence[Rule],
+    unread: Collection[str] = (),
+    at: Mapping[str, int] | None = None,
+) -> Scored:
+    """What the rules ask about. Families that are `unread` are absent for every clip. `at`: snapshots by table; left out,
+    now.
+    """
+    reader = _Reader(lake, recipe, at or {})
     clips = reader.clips()
     joined = pa.table({"clip_id": clips.ids.found, "kind": clips.rows["kind"].combine_chunks()})
     if any(rule.name == SPLIT for rule in asked(rules)):
@@ -81,11 +96,12 @@ def read_scored(lake: Lake, recipe: CurateRecipe, rules: Sequence[Rule], unread:
         wanted = sorted({rule.column for rule in scores if rule.family is table})
         if table.name in unread:
             columns = {column: pa.nulls(len(joined), pa.float32()) for column in wanted}
+            columns |= _no_groups(rules, table, len(joined))
             absent[table.name] = np.ones(len(joined), np.bool_)
         else:
             item = reader.scores(table, wanted)
             inputs.append(item)
-            columns = {column: item.rows[column] for column in wanted}
+            columns = {column: item.rows[column] for column in wanted} | _groups(rules, item)
             if item.ids is not clips.ids:  # not every clip was scored, or in another order
                 place = pc.index_in(joined["clip_id"], value_set=item.ids.found)
                 columns = {column: values.take(place) for column, values in columns.items()}
@@ -99,6 +115,24 @@ def read_scored(lake: Lake, recipe: CurateRecipe, rules: Sequence[Rule], unread:
     return Scored(tuple(inputs), joined, absent)
 
 
+def _groups(rules: Sequence[Rule], item: Input) -> dict[str, pa.Array]:
+    """Groups and ranks of the rows of a family, for each rule that keeps one of a group."""
+    columns: dict[str, pa.Array] = {}
+    for rule in rules:
+        if rule.keeps_one and rule.family is item.table:
+            assert rule.high is not None  # a Likeness has one
+            rank, better = (pc.fill_null(item.rows[name].cast(pa.int64()), -1).to_numpy() for name in RANKS)
+            likeness = pc.fill_null(item.rows[rule.column], -1.0).to_numpy()
+            found = pa.array(groups(likeness, rank, better, float32(rule.high)))
+            columns |= dict(zip(rule.group_columns, (found, pa.array(rank)), strict=True))
+    return columns
+
+
+def _no_groups(rules: Sequence[Rule], table: Table, count: int) -> dict[str, pa.Array]:
+    mine = [rule for rule in rules if rule.keeps_one and rule.family is table]
+    return {name: pa.nulls(count, pa.int64()) for rule in mine for name in rule.group_columns}
+
+
 class _Reader:
     """Reads tables for a recipe, while a thread beside it hashes what was read.
 
@@ -106,9 +140,10 @@ class _Reader:
     as the first column of each.
     """
 
-    def __init__(self, lake: Lake, recipe: CurateRecipe) -> None:
+    def __init__(self, lake: Lake, recipe: CurateRecipe, at: Mapping[str, int]) -> None:
         self.lake = lake
         self.recipe = recipe
+        self.at = at
         self.known: list[_Ids] = []
         self.beside = ThreadPoolExecutor(1)
 
@@ -117,15 +152,22 @@ class _Reader:
         return self._input(CLIPS, ["kind"], self.recipe.segmentation_id, "segmentation_id")
 
     def scores(self, table: Table, columns: list[str]) -> Input:
-        """Columns of a family by the scorer that the recipe names, or by the only one there is."""
+        """Columns of a family by the scorer that the recipe names, or by the one that is taken where it names none."""
         family = table.name.removeprefix("score_")
         check_columns(self.lake, table, columns)
         option = f"scorers.families.{family}" if is_own(table) else f"scorers.{family}"
-        return self._input(table, columns, self.recipe.scorers.of(family), option)
+        more = RANKS if table.name in COMPARING else []
+        item = self._input(table, [*columns, *more], self.recipe.scorers.of(family), option)
+        if more and item.rows[RANKS[0]].null_count:
+            raise ConfigError(
+                f"{table.name}: scorer {item.pinned[1]} is of an earlier version, which does not say which clip of a group "
+                f"is the best. {how_to_fill(table)} again, and name no scorer with {option}"
+            )
+        return item
 
     def _input(self, table: Table, columns: list[str], wanted: str | None, option: str) -> Input:
         """The rows of one producer: the one the recipe names, or else the only one there is."""
-        uuid, snapshot_id = self.lake.uuid(table), self.lake.snapshot_id(table)
+        uuid, snapshot_id = self.lake.uuid(table), self.at.get(table.name, self.lake.snapshot_id(table))
         if uuid is None or snapshot_id is None:
             raise ConfigError(f"{table.name} is empty. {how_to_fill(table)} first")
         by = table.key[1]
@@ -134,14 +176,31 @@ class _Reader:
         counts = {item["values"]: item["counts"] for item in pc.value_counts(rows[by]).to_pylist()}
         listed = ", ".join(f"{found} ({count} rows)" for found, count in sorted(counts.items()))
         if wanted is None:
+            if table.name in COMPARING and counts:
+                counts = self._widest(table, rows, snapshot_id)
             if len(counts) != 1:
                 raise ConfigError(f"{table.name} holds several: {listed}. Choose one with --set {option}=...")
             (wanted,) = counts
         elif wanted not in counts:
             raise ConfigError(f"{table.name} has no rows of {option}={wanted}; it holds: {listed}")
-        mine = rows.filter(pc.equal(rows[by], wanted)) if len(counts) > 1 else rows
+        mine = rows.filter(pc.equal(rows[by], wanted)) if len(counts) > 1 or counts[wanted] < len(rows) else rows
         ids, rest = self._ids(mine["clip_id"]), mine.drop_columns(["clip_id"])
         return Input(table, (option, wanted), ids, rest, self.beside.submit(_sha256, ids, rest), uuid, snapshot_id)
+
+    def _widest(self, table: Table, rows: pa.Table, snapshot_id: int) -> dict[str, int]:
+        """The scorer that compared most of the clips; of equals the one whose last row is the newest."""
+        by = table.key[1]
+        if len(pc.unique(rows[by])) > 1:
+            rows = rows.filter(pc.is_in(rows["clip_id"], value_set=self.known[0].found.combine_chunks()))
+        counts = {item["values"]: item["counts"] for item in pc.value_counts(rows[by]).to_pylist()}
+        most = max(counts.values(), default=0)
+        widest = [scorer for scorer, count in counts.items() if count == most]
+        if len(widest) > 1:
+            times = self.lake.read(table, [by, WRITTEN_AT.name], at=snapshot_id)
+            times = times.filter(pc.is_in(times[by], value_set=pa.array(widest)))
+            last = times.group_by(by).aggregate([(WRITTEN_AT.name, "max")]).to_pylist()
+            widest = [max(last, key=lambda row: (row[f"{WRITTEN_AT.name}_max"], row[by]))[by]]
+        return {scorer: most for scorer in widest}
 
     def _ids(self, found: pa.ChunkedArray) -> _Ids:
         for ids in self.known:
@@ -175,6 +234,9 @@ def how_to_fill(table: Table) -> str:
         return "Run `outback score caption SET`"
     if table is DUPLICATE:
         return "Run `outback score duplicate`"
+    if table in (SEMANTIC, CONTINUITY):
+        family = table.name.removeprefix("score_")
+        return f"Run `outback score {family}`, which needs the embeddings that `outback score aesthetic` keeps,"
     if table is AESTHETIC:
         return (
             "Run `outback score aesthetic`, which needs the weights of LAION's predictor and of open_clip's ViT-L/14,"

@@ -5,6 +5,7 @@ the time of the first frame as zero. A decoder that cannot open a file or decode
 and the reader says which one served.
 """
 
+import hashlib
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -64,6 +65,11 @@ class Frame:
         if self._image is None:
             self._image = self._convert()
         return self._image
+
+    def update_digest(self, digest: "hashlib._Hash") -> None:
+        """Takes size and pixels of the picture, as they were decoded, into a hash."""
+        digest.update(str(self.size).encode())
+        digest.update(self.bgr().tobytes())
 
     def sketch(self, size: Size) -> Image | None:
         """A rough picture of this size, where the decoder has one for much less than `bgr` costs."""

@@ -58,14 +58,19 @@ def sampled(raw: VideoFrame, size: Size) -> list[NDArray[np.integer[Any]]] | Non
     Each pixel is interpolated at the place at which `cv2.resize` to twice this size interpolates every other one of
     its pixels, so that fine patterns alias the same way here and there.
     """
-    bits = PLANAR_BITS.get(raw.format.name)
-    if bits is None or max(raw.width, raw.height) > WARPED_MOST_PX:
+    found = planes(raw)
+    if found is None or max(raw.width, raw.height) > WARPED_MOST_PX:
         return None
-    return [_sampled(plane, size) for plane in _planes(raw, bits)]
+    return [_sampled(plane, size) for plane in found]
 
 
-def _planes(raw: VideoFrame, bits: int) -> list[NDArray[np.integer[Any]]]:
-    """Views of luma and both chroma planes, without the padding at the ends of rows."""
+def planes(raw: VideoFrame) -> list[NDArray[np.integer[Any]]] | None:
+    """Views of luma and both chroma planes, without the padding at the ends of rows; None for formats other than planar
+    YUV.
+    """
+    bits = PLANAR_BITS.get(raw.format.name)
+    if bits is None:
+        return None
     dtype: np.dtype[Any] = np.dtype(np.uint8 if bits == 8 else "<u2")
     return [
         np.frombuffer(memoryview(plane), dtype).reshape(plane.height, plane.line_size // dtype.itemsize)[

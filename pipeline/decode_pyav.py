@@ -1,5 +1,6 @@
 """Decoding with PyAV (FFmpeg): the default, and the only one that reads AV1, HDR and every odd file we know of."""
 
+import hashlib
 import threading
 from array import array
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from av.video.reformatter import ColorPrimaries, ColorTrc, Interpolation, VideoR
 from av.video.stream import VideoStream
 
 from pipeline.decode import FALLBACK_FPS, Frame, Image, Size, VideoReader, check_pixels, turned
-from pipeline.decode_planes import sketched, small_frame
+from pipeline.decode_planes import planes, sketched, small_frame
 from schemas.errors import RowError
 
 PLAYLISTS = frozenset({"concat", "hls", "applehttp", "dash", "imf", "sdp", "rtsp", "webm_dash_manifest"})
@@ -49,6 +50,17 @@ class PyavFrame(Frame):
         """Of the picture as shown."""
         width, height = self._raw.width, self._raw.height
         return (height, width) if int(self._raw.rotation) % 180 else (width, height)
+
+    def update_digest(self, digest: "hashlib._Hash") -> None:
+        """The planes as FFmpeg has them, which costs no conversion, and the turn; of unusual formats the picture."""
+        raw = self._raw
+        found = planes(raw)
+        if found is None:
+            super().update_digest(digest)
+            return
+        digest.update(f"{raw.format.name} {raw.width} {raw.height} {int(raw.rotation) % 360}".encode())
+        for plane in found:
+            digest.update(np.ascontiguousarray(plane).data)
 
     def sketch(self, size: Size) -> Image | None:
         """From the planes, not turned."""

@@ -8,7 +8,7 @@ by itself. The numbers come from `pipeline.frame_meter`.
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, MutableSequence
+from collections.abc import Collection, Iterable, MutableSequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, isnan, nan
@@ -37,16 +37,24 @@ class AdaptiveConfig(Config):
     least_score: float = Field(15.0, gt=0)
 
 
+class Joined(Config):
+    """Which cuts are left out: those across which a scene goes on, by `outback score continuity`."""
+
+    scorer: str
+    """A `scorer_id` of `score_continuity`, which scored the clips of the same settings without this one."""
+    low: float = Field(ge=-1, le=1)
+    """The least `continuity` of a clip that is joined to the one before it."""
+
+
 class SegmentationConfig(Config):
     """The detectors and their settings."""
 
     content_threshold: float = Field(27.0, gt=0)  # ours: the paper is silent, this is PySceneDetect's default
     fade_threshold: int = Field(12, ge=0, le=255)  # ours, likewise; mean of the 8-bit channels
     min_scene_len_frames: int = Field(15, ge=0)  # ours, likewise
-    adaptive: AdaptiveConfig | None = (
-        None  # in the place of the content threshold: handheld cameras cut less; costs more
-    )
+    adaptive: AdaptiveConfig | None = None  # in the place of the content threshold; costs more
     max_scene_s: float | None = Field(None, ge=2.0)  # a longer scene is divided into equal clips; None keeps it whole
+    joined: Joined | None = None
 
     @property
     def least_score(self) -> float:
@@ -208,9 +216,11 @@ class SceneCutter:
         """First frame of every clip but the first, in order."""
         return sorted({self._frame_of(cut) for cut in self._cuts} - {0})
 
-    def spans(self, end_s: float) -> list[Span]:
-        """All clips of the video, without gap or overlap. `end_s` is the time at which the last frame ends."""
-        starts = self._divided([0, *self.cuts()], end_s)
+    def spans(self, end_s: float, left_out: Collection[int] = ()) -> list[Span]:
+        """All clips of the video, without gap or overlap. `end_s` is the time at which the last frame ends, `left_out` are
+        first frames of clips that are joined to the ones before them.
+        """
+        starts = self._divided([0, *(cut for cut in self.cuts() if cut not in left_out)], end_s)
         starts_ms = [round(self._times[start] * 1000) for start in starts]
         ends = [*starts[1:], self.num_frames]
         ends_ms = [*starts_ms[1:], max(round(end_s * 1000), starts_ms[-1])]

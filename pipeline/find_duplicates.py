@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.fingerprint_clips import NUM_FRAMES
 
-VERSION = 1
+VERSION = 2
 BAND_BITS = 24  # a million clips agree by chance in 30,000 pairs a band
 BANDS_PER_FRAME = 4
 MOST_BETTER = 16  # clips of one band that each of it is compared with

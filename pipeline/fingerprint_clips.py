@@ -1,4 +1,4 @@
-"""Fingerprints: a few frames of a clip -> perceptual hashes over time, a hash of their pixels, and how sharp they are.
+"""Fingerprints: a clip -> perceptual hashes of a few frames over time, how sharp those are, and a hash of all its pixels.
 
 The perceptual hash is pHash: the signs of the 64 lowest coefficients of the cosine transform against their median
 (Zauner 2010, "Implementation and benchmarking of perceptual image hash functions"). It survives another codec or size and
@@ -21,7 +21,7 @@ from pipeline.stage import Rows
 from schemas.fingerprints import FINGERPRINTS
 from schemas.recipe import Config, short_hash
 
-VERSION = 1
+VERSION = 2
 NUM_FRAMES = 8
 SHORT_EDGE_PX = 256
 TRANSFORM_PX = 32
@@ -53,8 +53,10 @@ def phash(luma: NDArray[np.uint8]) -> int:
     return int.from_bytes(np.packbits(lowest > np.median(lowest), bitorder="little").tobytes(), "little")
 
 
-def fingerprint(frames: NDArray[np.uint8]) -> dict[str, Any]:
-    """Frames (T, H, W, 3) uint8 RGB, `NUM_FRAMES` or the one of an image -> the columns of `fingerprints` but ids."""
+def fingerprint(frames: NDArray[np.uint8], pixels_sha256: str) -> dict[str, Any]:
+    """Frames (T, H, W, 3) uint8 RGB, `NUM_FRAMES` or the one of an image, and the hash of all that the span holds -> the
+    columns of `fingerprints` but ids.
+    """
     import cv2
 
     lumas = [np.asarray(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), np.uint8) for frame in frames]
@@ -64,13 +66,14 @@ def fingerprint(frames: NDArray[np.uint8]) -> dict[str, Any]:
     return {
         "hashes": np.array(hashes, "<u8").tobytes(),
         "blank": hashes.count(0),
-        "pixels_sha256": hashlib.sha256(str(frames.shape).encode() + frames.tobytes()).hexdigest(),
+        "pixels_sha256": pixels_sha256,
         "sharpness": float(np.median([cv2.Laplacian(luma, cv2.CV_32F).var() for luma in lumas])),
     }
 
 
 def fingerprint_clip(item: Mapping[str, Any], config: FingerprintConfig) -> dict[str, Any]:
     """A clip (uri, start_ms, end_ms) -> the columns of `fingerprints` but ids. Raises: RowError as the decoders say."""
+    pixels = hashlib.sha256()
     frames = read_frames(
         Path(item["uri"]),
         item["start_ms"],
@@ -78,8 +81,9 @@ def fingerprint_clip(item: Mapping[str, Any], config: FingerprintConfig) -> dict
         num_frames=NUM_FRAMES,
         size=_size,
         max_pixels=config.max_pixels,
+        on_frame=lambda frame: frame.update_digest(pixels),
     )
-    return fingerprint(frames)
+    return fingerprint(frames, pixels.hexdigest())
 
 
 class FingerprintWorker:

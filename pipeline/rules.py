@@ -4,6 +4,8 @@ A rule is a closed interval over one score. Its bounds are rounded to float32 fi
 stored, so that a bound equal to a stored value includes it; a null passes no rule that applies to the clip's kind.
 `split` is no score: it comes from a clip's id, and keeps some media apart from all others.
 A rule may have a rescue: a clip outside its interval passes all the same if it is inside each of the rescue's.
+A rule over likeness to other clips keeps one clip of each group, the best of those that all other rules keep; such rules
+are asked last, but for `split`.
 There is one evaluator, over columns, because engines disagree about exactly these cases.
 """
 
@@ -19,11 +21,24 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, model_validator
 
+from pipeline.keep_best import best_of
 from schemas.captions import CAPTION_SCORES
 from schemas.clips import CLIPS
 from schemas.errors import ConfigError
 from schemas.recipe import Config, later_option
-from schemas.scores import AESTHETIC, DUPLICATE, MOTION, PREFIX, RESOLUTION, TECHNICAL, TEXT, own_family
+from schemas.scores import (
+    AESTHETIC,
+    COMPARING,
+    CONTINUITY,
+    DUPLICATE,
+    MOTION,
+    PREFIX,
+    RESOLUTION,
+    SEMANTIC,
+    TECHNICAL,
+    TEXT,
+    own_family,
+)
 from schemas.table import Table
 
 Kind = Literal["image", "video"]
@@ -68,6 +83,8 @@ def _names_scores(intervals: dict[str, Interval] | None) -> dict[str, Interval] 
                 raise ValueError(
                     f"no score {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(SCORES)}")
                 )
+            if name in KEEPS_ONE:
+                raise ValueError(f"{name} keeps one clip of a group, which rescues nothing: name another score")
     return intervals
 
 
@@ -79,6 +96,15 @@ class Bounds(Interval):
     """Intervals by the name of a score, such as `text = { high = 0.1 }`: a clip inside all of them passes the rule."""
 
 
+class Likeness(Config):
+    """A rule that keeps one clip of a group: clips that are more alike than `high` are of one, and the best of those that
+    all other rules keep stays.
+    """
+
+    high: float
+    kinds: Kinds = ("image", "video")
+
+
 class VideoBounds(Bounds):
     """Bounds of a score that images do not have."""
 
@@ -86,7 +112,9 @@ class VideoBounds(Bounds):
 
 
 class ScorerPins(Config):
-    """Which scorer's rows to read, per family, where a lake holds those of several. Unset: the only one there is."""
+    """Which scorer's rows to read, per family, where a lake holds those of several. Unset: the only one there is; of those
+    that compare clips with each other, the one that compared most.
+    """
 
     resolution: str | None = None
     motion: str | None = None
@@ -94,6 +122,8 @@ class ScorerPins(Config):
     technical: str | None = None
     aesthetic: str | None = later_option(None)
     duplicate: str | None = later_option(None)
+    semantic: str | None = later_option(None)
+    continuity: str | None = later_option(None)
     caption: str | None = later_option(None)
     families: dict[str, str] = later_option({})
     """The same for families that users added."""
@@ -139,16 +169,19 @@ class CurateRecipe(Config):
     colour: Bounds | None = None
     colourfulness: Bounds | None = None
     letterbox: Bounds | None = None
-    duplicate: Bounds | None = later_option(None)
+    continuity: VideoBounds | None = later_option(None)
     aesthetic: Bounds | None = later_option(None)
     caption_words: Bounds | None = later_option(None)
     caption_repetition: Bounds | None = later_option(None)
     caption_problems: Bounds | None = later_option(None)
     caption_similarity: Bounds | None = later_option(None)
+    exact: Likeness | None = later_option(None)
+    duplicate: Likeness | None = later_option(None)
+    semantic: Likeness | None = later_option(None)
 
     families: dict[str, dict[str, Bounds]] = later_option({})
     """Bounds by family and column, as in `[families.blue.blue_ratio]`: of families that users added, or of columns that
-    have no section of their own. Asked last, in order of their names."""
+    have no section of their own. Asked in order of their names, after the sections but for those that keep one of a group."""
 
 
 SPLIT = "split"
@@ -171,13 +204,17 @@ SCORES: Mapping[str, tuple[Table, str]] = {
     "colour": (TECHNICAL, "monochrome_ratio"),
     "colourfulness": (TECHNICAL, "colourfulness"),
     "letterbox": (TECHNICAL, "letterbox_ratio"),
-    "duplicate": (DUPLICATE, "near"),
+    "continuity": (CONTINUITY, "continuity"),
     "aesthetic": (AESTHETIC, "aesthetic"),
     "caption_words": (CAPTION_SCORES, "words"),
     "caption_repetition": (CAPTION_SCORES, "repetition"),
     "caption_problems": (CAPTION_SCORES, "problems"),
     "caption_similarity": (CAPTION_SCORES, "clip_similarity"),
+    "exact": (DUPLICATE, "exact"),
+    "duplicate": (DUPLICATE, "near"),
+    "semantic": (SEMANTIC, "semantic"),
 }
+KEEPS_ONE = frozenset(name for name, (table, column) in SCORES.items() if column in COMPARING.get(table.name, ()))
 
 
 @dataclass(frozen=True)
@@ -191,6 +228,16 @@ class Rule:
     high: float | None
     kinds: tuple[Kind, ...]
     rescue: tuple["Rule", ...] = ()
+
+    @property
+    def keeps_one(self) -> bool:
+        """Whether it keeps one clip of each group."""
+        return self.column in COMPARING.get(self.family.name, ())
+
+    @property
+    def group_columns(self) -> tuple[str, str]:
+        """Columns of clips with their groups at its bound, and with their places by quality; null without a score."""
+        return f"{self.name}.group", f"{self.name}.rank"
 
     @property
     def families(self) -> set[str]:
@@ -232,10 +279,12 @@ class FunnelStep:
 
 def rules_of(recipe: CurateRecipe) -> list[Rule]:
     """A recipe -> its rules in funnel order."""
-    rules = []
+    rules, last = [], []
     for name, (family, column) in SCORES.items():
-        bounds: Bounds | None = getattr(recipe, name)
-        if bounds is not None:
+        bounds: Bounds | Likeness | None = getattr(recipe, name)
+        if isinstance(bounds, Likeness):
+            last.append(Rule(name, family, column, None, bounds.high, bounds.kinds))
+        elif bounds is not None:
             rescue = tuple(
                 Rule(other, *SCORES[other], interval.low, interval.high, bounds.kinds)
                 for other, interval in sorted((bounds.rescue or {}).items())
@@ -246,8 +295,14 @@ def rules_of(recipe: CurateRecipe) -> list[Rule]:
         for column, bounds in sorted(columns.items()):
             if bounds.rescue:
                 raise ConfigError(f"families.{name}.{column}: a rule of this form has no rescue")
+            if family.name in COMPARING:
+                sections = [section for section in SCORES if SCORES[section][0] is family]
+                raise ConfigError(f"families.{name}: expected the sections {', '.join(sections)}, which say it shorter")
             rules.append(Rule(f"{name}.{column}", family, column, bounds.low, bounds.high, bounds.kinds))
-    return rules
+    if last:  # a copy of what is held out is not learnt from: the best of a group takes all of it to its side
+        last += [rule for rule in rules if rule.name == SPLIT]
+        rules = [rule for rule in rules if rule.name != SPLIT]
+    return rules + last
 
 
 def _family(name: str, columns: Collection[str]) -> Table:
@@ -309,9 +364,22 @@ def passes(rule: Rule, clips: pa.Table, absent: Mapping[str, Mask] | None = None
 def first_rejections(rules: Sequence[Rule], clips: pa.Table, absent: Mapping[str, Mask] | None = None) -> Places:
     """Clips -> index of the first rule that does not let it through (see `passes`), or KEPT."""
     first = np.full(len(clips), KEPT, np.int16)
-    for index, rule in reversed(list(enumerate(rules))):
-        np.putmask(first, ~passes(rule, clips, absent), index)
+    for index, rule in enumerate(rules):
+        left = first == KEPT
+        through = stays(rule, clips, left, absent) if rule.keeps_one else passes(rule, clips, absent)
+        np.putmask(first, left & ~through, index)
     return first
+
+
+def stays(rule: Rule, clips: pa.Table, left: Mask, absent: Mapping[str, Mask] | None = None) -> Mask:
+    """A rule that keeps one of a group, and the clips that are `left` by the rules before it -> which of them it lets
+    through: the best of each group, and those it does not ask. `absent` as in `passes`.
+    """
+    mask = left & ~is_one_of(rule.kinds, clips["kind"])
+    if absent is not None and rule.family.name in absent:
+        mask |= left & absent[rule.family.name]
+    group, rank = (_places(clips[name]) for name in rule.group_columns)
+    return mask | best_of(group, rank, left & ~mask & (group >= 0))
 
 
 def undecided(rules: Sequence[Rule], clips: pa.Table, absent: Mapping[str, Mask], family: str, first: Places) -> Mask:
@@ -391,6 +459,12 @@ def _numbers(scores: pa.ChunkedArray) -> NDArray[np.float32]:
     """Float32 scores, with NaN for null: it lies in no interval."""
     numbers: NDArray[np.float32] = pc.fill_null(scores.combine_chunks(), float("nan")).to_numpy()
     return numbers
+
+
+def _places(values: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Whole numbers, with -1 for null."""
+    found: NDArray[np.int64] = pc.fill_null(values.combine_chunks(), -1).to_numpy()
+    return found.astype(np.int64, copy=False)
 
 
 def _examples(rule: Rule, clips: pa.Table, rejected: NDArray[np.intp]) -> Iterator[Example]:

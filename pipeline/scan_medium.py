@@ -8,6 +8,7 @@ cut nor a scorer asks for are not even converted.
 import os
 import time
 from array import array
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -100,8 +101,11 @@ class ScanResult:
     scan: Row
 
 
-def scan_medium(path: Path, media_id: str, kind: Literal["video", "image"], config: ScanConfig) -> ScanResult:
-    """A medium -> its clips and their scores, by decoding every frame once.
+def scan_medium(
+    path: Path, media_id: str, kind: Literal["video", "image"], config: ScanConfig, left_out: Collection[int] = ()
+) -> ScanResult:
+    """A medium -> its clips and their scores, by decoding every frame once. `left_out`: first frames of clips that are joined
+    to the ones before them.
 
     A packet that does not decode is left out; a stream whose frames end well before the length in its header is an
     error, because a file cut short would otherwise pass for a shorter film. What the header overstates by a second or
@@ -114,7 +118,7 @@ def scan_medium(path: Path, media_id: str, kind: Literal["video", "image"], conf
     if kind == "image":
         spans, scores, served, num_frames = _scan_image(path, config)
     else:
-        spans, scores, served, num_frames = _scan_video(path, config)
+        spans, scores, served, num_frames = _scan_video(path, config, left_out)
     clips = [_clip_row(media_id, kind, span, config) for span in spans]
     tables: dict[str, list[Row]] = {table: [] for table in config.scorer_ids}
     for clip, values in zip(clips, scores, strict=True):
@@ -163,10 +167,12 @@ def _scan_image(path: Path, config: ScanConfig) -> tuple[list[Span], list[dict[s
     return [span], [_scores(span, part, config, None, path)], "pillow", 1
 
 
-def _scan_video(path: Path, config: ScanConfig) -> tuple[list[Span], list[dict[str, Row]], str, int]:
+def _scan_video(
+    path: Path, config: ScanConfig, left_out: Collection[int]
+) -> tuple[list[Span], list[dict[str, Row]], str, int]:
     check_decoder(config.decoder)
     video = scan_video(path, config)
-    spans = video.spans(config.segmentation)
+    spans = video.spans(config.segmentation, left_out)
     scores = [_scores(span, video, config, (span.end_ms - span.start_ms) / 1000, path) for span in spans]
     return spans, scores, video.decoder, len(video.pts)
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.clip_model import CONFIG_FILE, load_clip
 from pipeline.clip_scorer import ClipScorer, Columns, FrameCount, ScoreExecution, ScorerConfig
+from pipeline.hub_files import local_file, local_folder
 from pipeline.samples import Sample
 from pipeline.stage import Rows
 from schemas.embeddings import EMBEDDINGS
@@ -24,7 +25,10 @@ from schemas.scores import AESTHETIC
 if TYPE_CHECKING:
     import torch
 
-WHERE_CLIP_IS = "on the hub it is timm/vit_large_patch14_clip_224.openai, downloaded whole into one folder"
+WHERE_CLIP_IS = (
+    "on the hub it is hf-hub:timm/vit_large_patch14_clip_224.openai, which may be given for the path, or downloaded whole into "
+    "one folder"
+)
 WHERE_HEAD_IS = (
     "in github.com/christophschuhmann/improved-aesthetic-predictor it is sac+logos+ava1-l14-linearMSE.pth, 3.7 MB"
 )
@@ -35,17 +39,20 @@ class AestheticConfig(ScorerConfig):
 
     samples: FrameCount = FrameCount(num_frames=3, short_edge_px=None)  # paper: three frames
     clip: str | None = None
-    """Folder of open_clip's ViT-L/14 with OpenAI's weights."""
+    """Open_clip's ViT-L/14 with OpenAI's weights: a folder, or `hf-hub:ORG/NAME`."""
     weights: str | None = None
-    """The predictor's layers as published: .pth or .safetensors."""
+    """The predictor's layers as published, .pth or .safetensors: a file, or `hf-hub:ORG/NAME/FILE`."""
     execution: ScoreExecution = ScoreExecution(num_cpus=2)
 
     def files(self) -> tuple[Path, Path]:
-        """CLIP's folder and the predictor's file. Raises: ConfigError if one is not given or not there."""
+        """CLIP's folder and the predictor's file, downloaded where they are named on the hub and not in its cache.
+
+        Raises: ConfigError if one is not given or not there.
+        """
         for option, value, where in (("clip", self.clip, WHERE_CLIP_IS), ("weights", self.weights, WHERE_HEAD_IS)):
             if value is None:
                 raise ConfigError(f"aesthetic scores need --set {option}=PATH: {where}")
-        clip, weights = Path(str(self.clip)), Path(str(self.weights))
+        clip, weights = local_folder(str(self.clip)), local_file(str(self.weights))
         if not (clip / CONFIG_FILE).is_file():
             raise ConfigError(f"{clip} holds no CLIP model, there is no {CONFIG_FILE}: {WHERE_CLIP_IS}")
         if not weights.is_file():

@@ -9,6 +9,7 @@ from pydantic import Field
 from pipeline.caption_checks import repetition
 from pipeline.caption_windows import WindowConfig, window_frames
 from pipeline.clip_model import load_clip
+from pipeline.hub_files import local_folder
 from pipeline.sandbox import Sandbox
 from pipeline.stage import Rows
 from schemas.captions import CAPTION_SCORES
@@ -22,7 +23,7 @@ class CaptionScoreConfig(Config):
     """What is scored beyond words. Without `clip` captions are scored alone, and no medium is opened."""
 
     clip: str | None = None
-    """A CLIP model of open_clip: a folder with open_clip_config.json and weights."""
+    """A CLIP model of open_clip: a folder with open_clip_config.json and weights, or `hf-hub:ORG/NAME`."""
     windows: WindowConfig = WindowConfig(num_frames=1, video_area_px=512 * 512, image_area_px=512 * 512)
     num_threads: int = Field(default=1, ge=1)
 
@@ -36,11 +37,12 @@ class Similarity(Protocol):
 
 
 class ClipSimilarity:
-    """CLIP from a local folder, on the CPU, or on a GPU that the worker sees."""
+    """CLIP from a folder or the hub, on the CPU, or on a GPU that the worker sees."""
 
-    def __init__(self, folder: str, num_threads: int) -> None:
+    def __init__(self, name: str, num_threads: int) -> None:
         import open_clip
 
+        folder = str(local_folder(name))
         self._model, self._transform, self._device = load_clip(folder, num_threads)
         try:
             self._tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")

@@ -211,8 +211,8 @@ def workers_that_fit(stage: Stage, nodes: Iterable[Mapping[str, Any]]) -> int:
     ]
     told = "; ".join(lacks) or f"{', '.join(_amount(*need) for need in needs.items())} on one node, and no node has all"
     raise ConfigError(
-        f"a worker of {stage.name} needs {told} ({len(found)} nodes are up). Start a node that has it, or point "
-        "RAY_ADDRESS to another cluster"
+        f"a worker of {stage.name} needs {told} ({len(found)} nodes are up). Ask for less, start a node that has it, "
+        "or point RAY_ADDRESS to another cluster"
     )
 
 

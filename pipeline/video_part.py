@@ -1,7 +1,7 @@
 """The frames of a video, or of a segment of it, to numbers: those that decide its cuts, and those of its samples."""
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import chain
@@ -57,9 +57,9 @@ class Part:
             cutter.see(numbers, pts, self.time_base)
         return cutter
 
-    def spans(self, config: SegmentationConfig) -> list[Span]:
-        """The clips of the whole video."""
-        return self.cutter(config).spans(self.end_s)
+    def spans(self, config: SegmentationConfig, left_out: Collection[int] = ()) -> list[Span]:
+        """The clips of the whole video, without the cuts before the frames that are left out."""
+        return self.cutter(config).spans(self.end_s, left_out)
 
 
 def scan_part(path: Path, config: "ScanConfig", segment: Segment | None = None) -> Part:

@@ -105,13 +105,35 @@ AESTHETIC = _family(
     NUM_SAMPLES,
     SECONDS,
 )
+BETTER = (
+    Column("duplicate_of", pa.string(), "the better clip most like it; null if none comes near", nullable=True),
+    Column("rank", pa.int32(), "place by quality among the clips compared, the best 0", nullable=True),
+    Column("rank_of_better", pa.int32(), "the rank of `duplicate_of`", nullable=True),
+)
 DUPLICATE = _family(
     "duplicate",
     "How like a better clip each is: of two clips the one with more pixels, then the sharper, then the first by id is better.",
-    _score("exact", "1 if all pixels of its sampled frames are those of a better clip, else 0"),
+    _score("exact", "1 if all its frames decode to the pixels of a better clip's, else 0"),
     _score("near", "share of equal bits of perceptual hashes over time, 0.5 by chance; 0 if no better clip comes near"),
-    Column("duplicate_of", pa.string(), "the better clip most like it; null if none comes near", nullable=True),
+    *BETTER,
 )
+SEMANTIC = _family(
+    "semantic",
+    "How like a better clip each is in what it shows, by the embeddings of its frames. Better is as in `score_duplicate`.",
+    _score("semantic", "cosine of the mean embeddings of it and the better clip most like it; -1 if none was compared"),
+    *BETTER,
+)
+CONTINUITY = _family(
+    "continuity",
+    "Whether a clip goes on with what the clip before it in its medium shows, by the embeddings of their frames.",
+    _score(
+        "continuity",
+        "largest cosine of one of the two frames nearest to the cut on one side with one on the other; -1 for the first clip",
+    ),
+    Column("continues", pa.string(), "the clip before it; null for the first of a medium", nullable=True),
+)
+COMPARING = {DUPLICATE.name: ("exact", "near"), SEMANTIC.name: ("semantic",)}
+"""Families that compare all clips with each other, and their scores of likeness: rules over these keep one clip of a group."""
 
 FAMILIES = (RESOLUTION, MOTION, TEXT, TECHNICAL)
 

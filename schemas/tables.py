@@ -10,7 +10,7 @@ from schemas.fingerprints import FINGERPRINTS
 from schemas.generations import GENERATIONS, PREFERENCE_PAIRS, PREFERENCE_SETS
 from schemas.media import LOCATIONS, MEDIA
 from schemas.runs import ATTEMPTS, RUNS
-from schemas.scores import AESTHETIC, DUPLICATE, FAMILIES
+from schemas.scores import AESTHETIC, CONTINUITY, DUPLICATE, FAMILIES, SEMANTIC
 from schemas.sequences import SEQUENCE_SETS, SEQUENCES
 from schemas.table import Table
 from schemas.texts import TEXTS
@@ -27,6 +27,8 @@ TABLES: tuple[Table, ...] = (
     EMBEDDINGS,
     FINGERPRINTS,
     DUPLICATE,
+    SEMANTIC,
+    CONTINUITY,
     RECIPES,
     CURATED,
     CURATED_SETS,

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from jobs.curate import curate, read_set
-from pipeline.rules import Bounds, CurateRecipe
+from pipeline.rules import CurateRecipe, Likeness
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
 from schemas.fingerprints import FINGERPRINTS
@@ -69,7 +69,8 @@ def test_copies_are_scored_and_a_recipe_keeps_the_best(tmp_path: Path, checkout:
     assert all(rows[clip]["near"] < 0.8 for clip in clips)
     assert [row["item_id"] for row in lake.read(ATTEMPTS).to_pylist()] == [broken]
 
-    curate(lake, CurateRecipe(coverage=0.75, duplicate=Bounds(high=0.9)), "unique")
+    recipe = CurateRecipe(coverage=0.75, duplicate=Likeness(high=0.9))
+    curate(lake, recipe, "unique")
     assert set(read_set(lake, "unique")["clip_id"].to_pylist()) == set(clips)
 
     again = score(lake, checkout)
@@ -77,7 +78,11 @@ def test_copies_are_scored_and_a_recipe_keeps_the_best(tmp_path: Path, checkout:
     assert len(lake.read(DUPLICATE)) == 4
 
     write_image(tmp_path / "3.png", 3)
-    put(lake, tmp_path / "3.png", 96)
+    fourth = put(lake, tmp_path / "3.png", 96)
     more = score(lake, checkout)
     assert more["scorer_id"] != first["scorer_id"]  # other clips were compared
     assert (more["outcome"]["num_done"], more["num_new"], len(lake.read(FINGERPRINTS))) == (1, 5, 5)
+    after = curate(lake, recipe, "more")
+    assert after.recipe.scorers.duplicate == more["scorer_id"]  # without being named
+    assert set(read_set(lake, "more")["clip_id"].to_pylist()) == {*clips, fourth}
+    assert set(read_set(lake, "unique")["clip_id"].to_pylist()) == set(clips)

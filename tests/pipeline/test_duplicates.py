@@ -1,6 +1,8 @@
 """Duplicates among clips made on the spot: what was re-encoded, resized or cropped is found, what is another clip is not."""
 
+import hashlib
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -32,6 +34,11 @@ def film(seed: int) -> list[Image]:
 
 def resized(frames: list[Image], width: int, height: int) -> list[Image]:
     return [np.asarray(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA), np.uint8) for frame in frames]
+
+
+def printed(frames: NDArray[np.uint8]) -> dict[str, Any]:
+    """The fingerprint of a clip that has no frames but these."""
+    return fingerprint(frames, hashlib.sha256(frames.tobytes()).hexdigest())
 
 
 def compared(prints: list[dict[str, object]], group: list[int] | None = None) -> Duplicates:
@@ -109,7 +116,7 @@ def test_blank_frames_are_like_nothing() -> None:
     black = np.zeros((NUM_FRAMES, 90, 160, 3), np.uint8)
     nearly = black.copy()
     nearly[:, 40, 80] = 9
-    both = [fingerprint(black), fingerprint(nearly)]
+    both = [printed(black), printed(nearly)]
     assert [one["blank"] for one in both] == [NUM_FRAMES, NUM_FRAMES]
     assert compared(both).near.tolist() == [0.0, 0.0]
     assert compared([both[0], both[0]]).near.tolist() == [0.0, 1.0]  # the same pixels are the same all the same
@@ -117,11 +124,45 @@ def test_blank_frames_are_like_nothing() -> None:
 
 def test_an_image_repeats_its_hash_and_is_like_no_video() -> None:
     one = np.stack([frame[..., ::-1] for frame in film(6)[:1]])
-    still = fingerprint(one)
+    still = printed(one)
     assert len({*np.frombuffer(still["hashes"], "<u8").tolist()}) == 1
-    moving = fingerprint(np.repeat(one, NUM_FRAMES, axis=0))
+    moving = printed(np.repeat(one, NUM_FRAMES, axis=0))
     assert compared([moving, still], [0, 1]).near.tolist() == [0.0, 0.0]
     assert compared([moving, still], [0, 0]).near.tolist() == [0.0, 1.0]
+
+
+def test_exact_is_every_frame_and_not_the_sampled_ones_alone(tmp_path: Path) -> None:
+    frames = [frame.copy() for frame in film(7)]
+    changed = [frame.copy() for frame in frames]
+    changed[8][60:100, 100:160] = 255  # of 24 frames 0, 3, 6, 10 and so on are sampled
+    lossless = {"crf": "0", "g": "1"}  # so that one frame does not touch the next
+    paths = [
+        write_video(tmp_path / "a.mp4", frames, FPS, options=lossless),
+        write_video(tmp_path / "b.mp4", changed, FPS, options=lossless),
+    ]
+    prints = [
+        fingerprint_clip({"uri": str(path), "start_ms": 0, "end_ms": 2400}, FingerprintConfig()) for path in paths
+    ]
+    assert prints[0]["hashes"] == prints[1]["hashes"]
+    assert prints[0]["sharpness"] == prints[1]["sharpness"]
+    found = compared(prints)
+    assert (found.exact.tolist(), found.near.tolist()) == ([False, False], [0.0, 1.0])
+    elsewhere = {"uri": str(paths[1]), "start_ms": 900, "end_ms": 2400}
+    same = {"uri": str(paths[0]), "start_ms": 900, "end_ms": 2400}
+    spans = compared([fingerprint_clip(item, FingerprintConfig()) for item in (elsewhere, same)])
+    assert spans.exact.tolist() == [False, True]  # the frame that differs lies outside the span
+
+
+def test_pictures_are_exact_by_all_their_pixels(tmp_path: Path) -> None:
+    picture = np.asarray(cv2.resize(film(8)[0], (1280, 720)), np.uint8)
+    changed = picture.copy()
+    changed[11, 13] ^= 1
+    for name, pixels in (("a.png", picture), ("b.bmp", picture), ("c.png", changed)):
+        assert cv2.imwrite(str(tmp_path / name), pixels)
+    items = [{"uri": str(tmp_path / name), "start_ms": 0, "end_ms": 0} for name in ("a.png", "b.bmp", "c.png")]
+    found = compared([fingerprint_clip(item, FingerprintConfig()) for item in items])
+    assert found.exact.tolist() == [False, True, False]
+    assert found.near.tolist() == [0.0, 1.0, 1.0]
 
 
 def made(rng: np.random.Generator, count: int) -> NDArray[np.uint64]:

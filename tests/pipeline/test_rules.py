@@ -3,6 +3,7 @@
 import hashlib
 import math
 import random
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,7 +30,7 @@ from pipeline.rules import (
 from schemas.captions import CAPTION_SCORES
 from schemas.clips import CLIPS
 from schemas.identity import clip_id
-from schemas.scores import AESTHETIC, DUPLICATE, FAMILIES, MOTION, RESOLUTION
+from schemas.scores import AESTHETIC, CONTINUITY, DUPLICATE, FAMILIES, MOTION, RESOLUTION, SEMANTIC
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
@@ -86,11 +87,13 @@ def test_bounds_that_ask_nothing_are_refused(values: dict[str, object], said: st
 
 
 def test_every_section_of_a_recipe_asks_about_a_score_there_is() -> None:
-    sections = {name for name, field in CurateRecipe.model_fields.items() if "Bounds" in str(field.annotation)}
+    sections = {
+        name for name, field in CurateRecipe.model_fields.items() if re.search("Bounds|Likeness", str(field.annotation))
+    }
     assert sections == {*SCORES, "families"}  # families name their tables and columns themselves
     assert SCORES[SPLIT] == (CLIPS, SPLIT)  # no score: it comes from the id
     for family, column in (score for name, score in SCORES.items() if name != SPLIT):
-        assert family in (*FAMILIES, AESTHETIC, DUPLICATE, CAPTION_SCORES)
+        assert family in (*FAMILIES, AESTHETIC, DUPLICATE, SEMANTIC, CONTINUITY, CAPTION_SCORES)
         assert column in family.names
 
 

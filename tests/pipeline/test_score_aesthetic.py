@@ -164,3 +164,45 @@ def test_the_id_is_of_bytes_not_of_paths(config: AestheticConfig, tmp_path: Path
     assert name_of(config.model_copy(update={"weights": str(copied)})) != name_of(config)
     fewer = FrameCount(num_frames=1, short_edge_px=None)
     assert name_of(config.model_copy(update={"samples": fewer})) != name_of(config)
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub_cache(config: AestheticConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache with both models, as a download leaves it, and no network."""
+    from huggingface_hub import constants
+
+    for name, files in (("clip", Path(str(config.clip)).iterdir()), ("head", [Path(str(config.weights))])):
+        repository = tmp_path / f"models--org--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(COMMIT)
+        (repository / "snapshots" / COMMIT).mkdir(parents=True)
+        for file in files:
+            (repository / "snapshots" / COMMIT / file.name).symlink_to(file)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+def test_weights_by_hub_name_are_those_by_path(config: AestheticConfig, hub_cache: Path) -> None:
+    by_name = config.model_copy(update={"clip": "hf-hub:org/clip", "weights": "hf-hub:org/head/head.pth"})
+    assert hub_cache in by_name.files()[0].parents
+    assert scorer_id(AestheticScorer, by_name, by_code=False) == scorer_id(AestheticScorer, config, by_code=False)
+    samples = pictures(2)
+    assert AestheticScorer(by_name).score(samples) == AestheticScorer(config).score(samples)
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_without_a_network_it_says_how_to_bring_the_files(config: AestheticConfig) -> None:
+    lacking = [
+        ({"clip": "hf-hub:org/other"}, r"hf-hub:org/other is not in.*`hf download org/other --local-dir FOLDER`"),
+        ({"weights": "hf-hub:org/head/b.pth"}, r"`hf download org/head b.pth --local-dir FOLDER`"),
+        ({"weights": "hf-hub:org/head"}, "expected hf-hub:ORG/NAME/FILE"),
+        ({"clip": "hf-hub:org/clip/a"}, "expected hf-hub:ORG/NAME, a whole model"),
+        ({"clip": "hf-hub:clip"}, "expected hf-hub:ORG/NAME"),
+    ]
+    for change, message in lacking:
+        with pytest.raises(ConfigError, match=message):
+            config.model_copy(update=change).files()
