@@ -75,6 +75,7 @@ class PyavReader(VideoReader):
         self._stamps_s = array("d")  # of every packet of the stream, decoded or not
         self._failure = ""
         self._step = 0
+        self._stated = 0  # duration of the newest frame
         self._raw: Iterator[VideoFrame]
         self._open()
         self.fps = self._nominal_fps()
@@ -170,9 +171,12 @@ class PyavReader(VideoReader):
         return pts
 
     def _duration(self, raw: VideoFrame, time_base: Fraction) -> int:
-        """How long a frame is shown. Some containers state the clock's tick: less than half a step is no duration."""
-        stated = raw.duration or 0
-        if stated > 0 and 2 * stated >= self._step:
+        """How long a frame is shown. Some containers state the clock's tick: less than half a step is no duration. Nor is one
+        stated where that of the frame before was more than twice as long as it lasted.
+        """
+        before, stated = self._stated, raw.duration or 0
+        self._stated = stated
+        if stated > 0 and 2 * stated >= self._step and not 0 < 2 * self._step < before:
             return stated
         return self._step or max(1, round(1 / (self.fps * time_base)))
 

@@ -32,7 +32,7 @@ def read_frames(
     With `fps`, the frames shown at start, start + 1/fps and so on, before the end. With `num_frames`, that many spread
     evenly from the first frame of the span to its last. With neither, every frame. A frame is given again where frames
     are fewer than asked for. An image gives its one frame, whatever was asked. `size` is (height, width) in pixels, or
-    a rule that makes it of the native (height, width).
+    a rule that makes it of the native (height, width). Where that changes midway, all frames have the size of the first.
 
     Raises: RowError with DecodeFailed if no frame lies in the span, or as the decoders say; ValueError if both fps and
         num_frames are given.
@@ -44,10 +44,12 @@ def read_frames(
     start_s, end_s = start_ms / 1000, end_ms / 1000
     with open_video(path, decoder, max_pixels=max_pixels) as reader:
         if fps is None and num_frames is None:
-            frames = [_finished(frame.bgr(), size) for frame in frames_within(reader, start_s, end_s)]
+            found = frames_within(reader, start_s, end_s)
         else:
             found = frames_at(reader, moments(start_s, end_s, fps, num_frames), start_s, end_s)
-            frames = [_finished(frame.bgr(), size) for frame in found]
+        frames: list[NDArray[np.uint8]] = []
+        for frame in found:
+            frames.append(_finished(frame.bgr(), frames[0].shape[:2] if frames else size))
     if not frames:
         raise RowError("DecodeFailed", f"{path.name}: no frame between {start_ms} and {end_ms} ms")
     return np.stack(frames)
@@ -107,4 +109,4 @@ def _finished(bgr: Image, size: Size | SizeRule | None) -> NDArray[np.uint8]:
         shrinks = height * width < bgr.shape[0] * bgr.shape[1]
         if (height, width) != bgr.shape[:2]:
             bgr = cv2.resize(bgr, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)  # type: ignore[assignment]  # uint8 in, uint8 out
-    return np.ascontiguousarray(bgr[..., ::-1])
+    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)  # type: ignore[return-value]  # uint8 in, uint8 out
