@@ -127,7 +127,7 @@ def test_durations_that_contradict_the_times(tmp_path: Path) -> None:
         stream.height, stream.width = frames[0].shape[:2]
         packets = [p for image in frames for p in stream.encode(av.VideoFrame.from_ndarray(image, format="bgr24"))]
         for packet in [*packets, *stream.encode()]:
-            packet.duration *= 1500
+            packet.duration = 1500 * (packet.duration or 1)
             container.mux(packet)
     ((start, end),) = spans(tmp_path / "a.mkv")
     assert (start, end) == (0, 40 * SHOT_FRAMES)
