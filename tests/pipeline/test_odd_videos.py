@@ -129,8 +129,22 @@ def test_durations_that_contradict_the_times(tmp_path: Path) -> None:
         for packet in [*packets, *stream.encode()]:
             packet.duration = 1500 * (packet.duration or 1)
             container.mux(packet)
-    ((start, end),) = spans(tmp_path / "a.mkv")
-    assert (start, end) == (0, 40 * SHOT_FRAMES)
+    assert spans(tmp_path / "a.mkv") == [(0, 40 * SHOT_FRAMES)]
+    for decoder in BUILT_IN:
+        with open_video(tmp_path / "a.mkv", decoder) as reader:
+            assert [frame.seconds for frame in reader] == pytest.approx([index / 25 for index in range(SHOT_FRAMES)])
+
+
+@pytest.mark.parametrize("decoder", ["opencv", "decord"])
+def test_the_row_says_which_decoder_served(tmp_path: Path, decoder: str) -> None:
+    frames = shot(1, SHOT_FRAMES)
+    config = CONFIG.model_copy(update={"decoder": decoder})
+    for name, codec, options, served in (
+        ("a.mp4", "libx264", {}, decoder),
+        ("b.mp4", "libsvtav1", {"preset": "12"}, "pyav"),
+    ):
+        path = write_video(tmp_path / name, frames, codec=codec, options=options)
+        assert scan_medium(path, "0123456789abcdef", "video", config).scan["decoder"] == served
 
 
 @pytest.mark.parametrize("suffix", [".h264", ".ts", ".mkv", ".flv"])
