@@ -102,6 +102,12 @@ class VideoReader(ABC):
     def seek(self, seconds: float) -> None:
         """Moves so that iteration starts at or before the frame shown at `seconds`."""
 
+    def leaps(self, seconds: float) -> bool:
+        """Seeks forward as `seek` does, where the decoder knows that this costs less than the frames between; whether it did.
+        Iteration has to begin anew then.
+        """
+        return False
+
     @abstractmethod
     def close(self) -> None:
         """Gives back files and memory."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
+import cv2
 import decord
 import numpy as np
 
@@ -35,6 +36,8 @@ class DecordReader(VideoReader):
         self.height_px, self.width_px = first.shape[:2]
         check_pixels(self.width_px, self.height_px, max_pixels)
         spans = np.asarray(spans, np.float64)
+        if np.any(np.diff(spans[:, 0]) <= 0):
+            raise RowError("DecodeFailed", f"{path.name}: decord gives several frames one time")
         self._starts_us = np.rint((spans[:, 0] - spans[0, 0]) * 1e6).astype(np.int64)
         self._end_us = round((spans[-1, 1] - spans[0, 0]) * 1e6)
         fps = self._reader.get_avg_fps()
@@ -54,7 +57,7 @@ class DecordReader(VideoReader):
             rgb: Image = self._reader[index].asnumpy()
         except (decord.DECORDError, RuntimeError) as error:
             raise RowError("DecodeFailed", f"{self._path.name}: decord cannot decode frame {index}") from error
-        return np.ascontiguousarray(rgb[..., ::-1])
+        return cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR)  # type: ignore[return-value]  # uint8 in, uint8 out
 
     def seek(self, seconds: float) -> None:
         """To the frame shown at `seconds`."""

@@ -30,6 +30,7 @@ LOST_RATIO_MAX = 0.1  # share of packets that may not decode: a scratch, not a r
 STATES_FILE_LENGTH = frozenset({"matroska", "nut", "mpegts", "mpeg", "flv"})
 HDR_TRANSFERS = {int(ColorTrc.SMPTE2084), int(ColorTrc.ARIB_STD_B67)}  # PQ and HLG need tone mapping
 SEEK_MARGINS_S = (0.0, 5.0, 30.0)  # indexes point past their target, and streams without one are entered anywhere
+LEAP_LEAST_FRAMES = 8  # what entering at a key frame costs: docs/experiments/decoders.md
 SLOPPY_END_S = 1.0  # headers overstate the length by this much, or by the share below, in files that are whole
 SLOPPY_END_RATIO = 0.05
 
@@ -95,6 +96,7 @@ class PyavReader(VideoReader):
         self._stamps_s = array("d")  # of every packet of the stream, decoded or not
         self._failure = ""
         self._step = 0
+        self._stated = 0  # duration of the newest frame
         self._raw: Iterator[VideoFrame]
         self._open()
         self.fps = self._nominal_fps()
@@ -197,9 +199,12 @@ class PyavReader(VideoReader):
         return pts
 
     def _duration(self, raw: VideoFrame, time_base: Fraction) -> int:
-        """How long a frame is shown. Some containers state the clock's tick: less than half a step is no duration."""
-        stated = raw.duration or 0
-        if stated > 0 and 2 * stated >= self._step:
+        """How long a frame is shown. Some containers state the clock's tick: less than half a step is no duration. Nor is one
+        stated where that of the frame before was more than twice as long as it lasted.
+        """
+        before, stated = self._stated, raw.duration or 0
+        self._stated = stated
+        if stated > 0 and 2 * stated >= self._step and not 0 < 2 * self._step < before:
             return stated
         return self._step or max(1, round(1 / (self.fps * time_base)))
 
@@ -234,6 +239,18 @@ class PyavReader(VideoReader):
             return of_file_s, max(self._file_reached_s, self.end_s)
         begins_s = (container.start_time or 0) / av.time_base
         return of_stream_s, max(max(self._stamps_s, default=0.0) - begins_s, self.end_s)
+
+    def leaps(self, seconds: float) -> bool:
+        """Where the index of the file tells of a key frame between here and there."""
+        base = self._stream.time_base
+        if self._last_pts is None or not base:
+            return False
+        index = self._stream.index_entries
+        entry = index.search_timestamp(self._origin + int(seconds / base))
+        if entry < 0 or (index[entry].timestamp - self._origin - self._last_pts) * base * self.fps < LEAP_LEAST_FRAMES:
+            return False
+        self.seek(seconds)
+        return True
 
     def seek(self, seconds: float) -> None:
         """To a key frame before `seconds`; a file that cannot seek is opened again, from its first frame."""

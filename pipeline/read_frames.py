@@ -1,6 +1,6 @@
 """Frames of a clip, read from the original file by seeking. No clip file is ever cut for it."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +33,9 @@ def read_frames(
     With `fps`, the frames shown at start, start + 1/fps and so on, before the end. With `num_frames`, that many spread
     evenly from the first frame of the span to its last. With neither, every frame. A frame is given again where frames
     are fewer than asked for. An image gives its one frame, whatever was asked. `size` is (height, width) in pixels, or
-    a rule that makes it of the native (height, width). `on_frame` sees every frame of the span that is read, up to the last
-    one given: that is the whole span where it is spread over two frames or more.
+    a rule that makes it of the native (height, width). Where that changes midway, all frames have the size of the first.
+    `on_frame` sees every frame of the span up to the last one given, which is the whole span where it is spread over two
+    frames or more: nothing is leapt over for it.
 
     Raises: RowError with DecodeFailed if no frame lies in the span, or as the decoders say; ValueError if both fps and
         num_frames are given.
@@ -48,13 +49,14 @@ def read_frames(
         return np.stack([_finished(picture, size)])
     start_s, end_s = start_ms / 1000, end_ms / 1000
     with open_video(path, decoder, max_pixels=max_pixels) as reader:
-        reader.seek(start_s)
-        seen = reader if on_frame is None else _shown_to(on_frame, reader, start_s, end_s)
+        seen = reader if on_frame is None else _Watched(reader, on_frame, start_s, end_s)
         if fps is None and num_frames is None:
-            frames = [_finished(frame.bgr(), size) for frame in _within(seen, start_s, end_s)]
+            found = frames_within(seen, start_s, end_s)
         else:
-            targets = moments(start_s, end_s, fps, num_frames)
-            frames = list(_frames_at(seen, float(reader.fps), targets, start_s, end_s, size))
+            found = frames_at(seen, moments(start_s, end_s, fps, num_frames), start_s, end_s)
+        frames: list[NDArray[np.uint8]] = []
+        for frame in found:
+            frames.append(_finished(frame.bgr(), frames[0].shape[:2] if frames else size))
     if not frames:
         raise RowError("DecodeFailed", f"{path.name}: no frame between {start_ms} and {end_ms} ms")
     return np.stack(frames)
@@ -63,11 +65,7 @@ def read_frames(
 def frames_within(reader: VideoReader, start_s: float, end_s: float) -> Iterator[Frame]:
     """Frames whose presentation begins inside the span, to the rounding of its edges."""
     reader.seek(start_s)
-    yield from _within(reader, start_s, end_s)
-
-
-def _within(frames: Iterable[Frame], start_s: float, end_s: float) -> Iterator[Frame]:
-    for frame in frames:
+    for frame in reader:
         if frame.seconds >= end_s - ROUNDING_S:
             return
         if frame.seconds >= start_s - ROUNDING_S:
@@ -84,39 +82,52 @@ def moments(start_s: float, end_s: float, fps: float | None, num_frames: int | N
     return [float(moment) for moment in np.linspace(start_s, end_s, num_frames or 0)]
 
 
-def _shown_to(
-    on_frame: Callable[[Frame], None], frames: Iterable[Frame], start_s: float, end_s: float
-) -> Iterator[Frame]:
-    """The frames, of which those of the span are shown on the way."""
-    for frame in frames:
-        if start_s - ROUNDING_S <= frame.seconds < end_s - ROUNDING_S:
-            on_frame(frame)
-        yield frame
+class _Watched(VideoReader):
+    """A reader of a span whose frames are all shown to somebody on the way."""
+
+    def __init__(self, reader: VideoReader, on_frame: Callable[[Frame], None], start_s: float, end_s: float) -> None:
+        self._reader, self._on_frame = reader, on_frame
+        self._first_s, self._end_s = start_s - ROUNDING_S, end_s - ROUNDING_S
+        self.fps = reader.fps
+
+    def __iter__(self) -> Iterator[Frame]:
+        for frame in self._reader:
+            if self._first_s <= frame.seconds < self._end_s:
+                self._on_frame(frame)
+            yield frame
+
+    def seek(self, seconds: float) -> None:
+        """As the reader does."""
+        self._reader.seek(seconds)
+
+    def close(self) -> None:
+        """As the reader does."""
+        self._reader.close()
 
 
-def _frames_at(
-    frames: Iterable[Frame],
-    fps: float,
-    targets: list[float],
-    start_s: float,
-    end_s: float,
-    size: Size | SizeRule | None,
-) -> Iterator[NDArray[np.uint8]]:
-    """The picture shown at each target: that of the last frame begun by then."""
-    waiting = iter(targets)
-    target = next(waiting, None)
+def frames_at(reader: VideoReader, targets: Sequence[float], start_s: float, end_s: float) -> Iterator[Frame]:
+    """Seconds in order, of a span -> for each the frame shown then: the last one begun by it, or the first of the span.
+
+    Reads in one pass from the start of the span, and leaps over what lies between two targets where the decoder knows that
+    to be cheaper. Gives fewer frames where the span begins behind the end of the video.
+    """
+    reader.seek(start_s)
+    frames = iter(reader)
+    ahead = next(frames, None)
     shown: Frame | None = None
-    for frame in frames:
-        over = frame.seconds >= end_s - ROUNDING_S
-        while target is not None and shown is not None and (over or frame.seconds > target + ROUNDING_S):
-            yield _finished(shown.bgr(), size)
-            target = next(waiting, None)
-        if over or target is None:
+    for target in targets:
+        if ahead is not None and ahead.seconds < target and reader.leaps(min(target, end_s - ROUNDING_S)):
+            frames = iter(reader)
+            ahead = next(frames, None) or ahead
+        while (
+            ahead is not None
+            and ahead.seconds < end_s - ROUNDING_S
+            and (shown is None or ahead.seconds <= target + ROUNDING_S)
+        ):
+            shown, ahead = ahead, next(frames, None)
+        if shown is None or (ahead is None and shown.seconds < start_s - 1 / float(reader.fps) - ROUNDING_S):
             return
-        shown = frame
-    while target is not None and shown is not None and shown.seconds >= start_s - 1 / fps - ROUNDING_S:
-        yield _finished(shown.bgr(), size)
-        target = next(waiting, None)
+        yield shown
 
 
 def _finished(bgr: Image, size: Size | SizeRule | None) -> NDArray[np.uint8]:
@@ -128,4 +139,4 @@ def _finished(bgr: Image, size: Size | SizeRule | None) -> NDArray[np.uint8]:
         shrinks = height * width < bgr.shape[0] * bgr.shape[1]
         if (height, width) != bgr.shape[:2]:
             bgr = cv2.resize(bgr, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)  # type: ignore[assignment]  # uint8 in, uint8 out
-    return np.ascontiguousarray(bgr[..., ::-1])
+    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)  # type: ignore[return-value]  # uint8 in, uint8 out

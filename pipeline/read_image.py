@@ -58,11 +58,22 @@ def read_image(path: Path, max_pixels: int | None = None, max_pictures: int | No
                 upright = ImageOps.exif_transpose(opened)
                 return Picture(_to_bgr(upright), container, TURNED_DEG.get(orientation, 0))
         except UnidentifiedImageError as error:
-            raise RowError("Unreadable", f"{path.name} is no picture that can be read") from error
+            raise RowError("Unreadable", f"{path.name} is no picture that can be read{_remedy(path)}") from error
         except Pillow.DecompressionBombError as error:
             raise RowError("TooManyPixels", f"{path.name}: {error}") from error
         except BROKEN_PICTURE as error:
             raise RowError("Unreadable", f"{path.name}: {error}") from error
+
+
+def _remedy(path: Path) -> str:
+    """What to do about a picture of a kind that is known but not read here; nothing for what is no picture at all."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    if head[4:8] == b"ftyp":
+        return f": HEIF ({head[8:12].decode('latin-1')}) is read as AVIF only; convert it to AVIF, JPEG or PNG"
+    if head[:4] in (b"II*\0", b"MM\0*"):
+        return ": a damaged TIFF, or one of samples that are not read, such as floats in several channels; convert it to PNG"
+    return ""
 
 
 @cache

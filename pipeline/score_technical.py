@@ -19,6 +19,7 @@ TONE_ROUNDS = 3
 Lines = list[NDArray[np.int16]]
 """The lowest, the highest and the mean luma of every row, or of every column, of a picture."""
 
+FRAMED_PERCENTILE = 99  # of the luma inside bars: how light the picture gets
 TONE_STRIDE = 4  # every fourth pixel each way is enough to fit a tone to
 
 
@@ -37,7 +38,7 @@ class TechnicalConfig(Config):
     @property
     def scorer_id(self) -> str:
         """Hash of family, version and parameters."""
-        return short_hash({"family": "technical", "version": 2, **self.model_dump(mode="json")})
+        return short_hash({"family": "technical", "version": 3, **self.model_dump(mode="json")})
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ class TechnicalScorer:
 
     def _active_area(self, luma: NDArray[np.uint8]) -> Area:
         """The picture inside its bars, which come in pairs: of each pair the narrower one counts twice. A picture that
-        would be nearly all bars is a dark one.
+        would be nearly all bars is a dark one, and so is one that is hardly lighter than they: which of its edges are
+        even is chance there, and another with every codec.
         """
         import cv2
 
@@ -135,8 +137,14 @@ class TechnicalScorer:
             lines.append([values.astype(np.int16) for values in (luma.min(axis=axis), luma.max(axis=axis), means)])
         across, down = (min(self._bar(side), self._bar([part[::-1] for part in side])) for side in lines)
         area = Area(across, down, width - across, height - down)
-        inside = max(0, area.right - area.left) * max(0, area.bottom - area.top)
-        return area if 1 - inside / luma.size <= self._config.bars_max else Area(0, 0, width, height)
+        framed = area.of(luma)
+        if across + down and (
+            not framed.size
+            or 1 - framed.size / luma.size > self._config.bars_max
+            or np.percentile(framed, FRAMED_PERCENTILE) <= self._config.bar_luma_max + self._config.bar_spread_max
+        ):
+            return Area(0, 0, width, height)
+        return area
 
     def _bar(self, lines: Lines) -> int:
         """Lines from the first that make one even, dark bar."""

@@ -168,3 +168,32 @@ def test_smaller_frames_are_area_means(video: Path) -> None:
     native = read_frames(video, 0, 100, num_frames=1)[0]
     small = read_frames(video, 0, 100, num_frames=1, size=(60, 80))[0]
     assert np.array_equal(small, cv2.resize(native, (80, 60), interpolation=cv2.INTER_AREA))
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
+@pytest.mark.parametrize(
+    "options", [{"g": "25"}, {"g": "25", "bf": "3"}, {"g": "25", "bf": "3", "x264-params": "open-gop=1"}]
+)
+def test_far_apart_frames_are_those_of_one_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, options: dict[str, str]
+) -> None:
+    path = write_video(tmp_path / f"a{suffix}", shot(1, 300, width=96, height=64), options=options)
+    decoded, frames_of = [], PyavReader._decoded
+
+    def counted(self: PyavReader) -> Iterator[Any]:
+        for raw in frames_of(self):
+            decoded.append(raw.pts)
+            yield raw
+
+    monkeypatch.setattr(PyavReader, "_decoded", counted)
+    for start_ms, end_ms, count in ((0, 12_000, 4), (1_200, 10_000, 3), (2_000, 2_500, 5), (0, 12_000, 24)):
+        decoded.clear()
+        with monkeypatch.context() as plain:
+            plain.setattr(PyavReader, "leaps", lambda self, seconds: False)
+            expected = read_frames(path, start_ms, end_ms, num_frames=count)
+        num_plain = len(decoded)
+        assert np.array_equal(read_frames(path, start_ms, end_ms, num_frames=count), expected)
+        num_leaping = len(decoded) - num_plain
+        assert num_leaping <= num_plain * 1.1
+        if suffix == ".mp4" and end_ms - start_ms > count * 2000:
+            assert num_leaping < num_plain / 2

@@ -197,6 +197,13 @@ def test_what_is_no_bar() -> None:
         assert (values.active_left, values.active_top, values.active_right, values.active_bottom) == (0, 0, 1, 1)
 
 
+def test_dark_edges_of_a_dark_picture_are_no_bars_and_bars_of_a_dim_one_are() -> None:
+    dark, dim = (texture(4, 200, 200, low=low, high=high) for low, high in ((12, 30), (12, 70)))
+    for picture, share in ((dark, 0.0), (dim, 0.4)):
+        picture[:40] = picture[-40:] = 3
+        assert measure(picture).letterbox_ratio == pytest.approx(share, abs=0.006)
+
+
 def test_frozen_pictures() -> None:
     picture = detailed(0, 320, 256)
     coded = np.clip(picture + np.random.default_rng(0).normal(0, 1.5, picture.shape), 0, 255).astype(np.uint8)
