@@ -204,11 +204,15 @@ def _elsewhere(made: Hostile, port: int) -> None:
         "ftp://10.0.0.1/a.mp4",
         "file://elsewhere/a.mp4",
         "gopher://localhost/1",
+        f"HTTP://user@127.0.0.1:{port}/a.mp4",
+        "https://ｌｏｃａｌｈｏｓｔ/a.mp4",
+        "file://[::1/a.mp4",
+        "data:image/png;base64,AAAA",
     ]
-    odd = ["javascript:alert(1)", "data:image/png;base64,AAAA", "../../../nowhere/a.mp4", "pipe.mp4", "a\\u0000b.png"]
+    odd = ["javascript:alert(1)", f"//127.0.0.1:{port}/a.mp4", "../../../nowhere/a.mp4", "pipe.mp4", "a\\u0000b.png"]
     rows = [f'{{"path": "{path}"}}\n' for path in urls + odd]
     made.write("rows/manifest.jsonl", "".join(rows).encode(), None)
-    reasons = ["NotAFile"] * len(urls) + ["Missing"] * 2 + ["Missing", "Missing", "BrokenRow"]
+    reasons = ["UrlNotAllowed"] * len(urls) + ["Missing"] * 2 + ["Missing", "Missing", "BrokenRow"]
     made.reasons |= {f"rows/manifest.jsonl#row={row}": frozenset({reason}) for row, reason in enumerate(reasons)}
 
 
