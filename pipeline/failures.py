@@ -11,7 +11,8 @@ NUM_REASONS = 5
 REJECTIONS = frozenset(
     {
         "Empty", "EmptyText", "FolderSeen", "LinkLoop", "NameNotUtf8", "NoText", "NotAFile", "NotMedia", "NoVideoStream",
-        "Playlist", "TextTooLong", "TooLong", "TooManyBytes", "TooManyFrames", "TooManyPixels", "WrongExtension",
+        "Playlist", "TextTooLong", "TooLong", "TooManyBytes", "TooManyFrames", "TooManyPixels", "UrlNotAllowed",
+        "WrongExtension",
     }
 )  # fmt: skip
 """Reasons of what a rule of ours refuses, whatever the libraries can do. Every other reason is a failure."""

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
+from pipeline.local_uris import local_path
 from pipeline.probe_media import named_kind
 from pipeline.read_rows import ROW_SUFFIXES, columns_of, read_rows
 from pipeline.read_texts import LICENCE_COLUMNS, text_column
@@ -89,20 +89,12 @@ def readable(path: str | Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def local_path(uri: str) -> str:
-    """A file URI -> the path on this machine. Raises: ConfigError if it names another machine."""
-    parts = urlsplit(uri)
-    if parts.netloc not in ("", "localhost"):
-        raise ConfigError(f"{uri!r} is a file of the machine {parts.netloc!r}; mount it and give its path")
-    return unquote(parts.path)
-
-
 def _expand(source: str) -> list[str]:
     """A source as typed -> absolute paths. What exists under the very name is no pattern."""
-    if source.startswith("file://"):
+    try:
         source = local_path(source)
-    elif "://" in source:
-        raise ConfigError(f"source {source!r}: only files can be read; mount the object store or copy the files")
+    except RowError as error:
+        raise ConfigError(f"source: {error.message}") from error
     if os.path.lexists(source):
         return [os.path.abspath(source)]
     found = sorted(_matches(os.path.expanduser(source)))
@@ -315,14 +307,10 @@ def _row_path(values: Mapping[str, Any], manifest: str) -> str:
         raise RowError(
             "BrokenRow", f"found {value!r} as path, expected a file name in one of {', '.join(PATH_COLUMNS)}"
         )
-    if value.startswith("file://"):
-        try:
-            value = local_path(value)
-        except ConfigError as error:
-            raise RowError("NotAFile", str(error)) from error
-    elif "://" in value:
-        raise RowError("NotAFile", f"found {value!r}; only files can be read")
     try:
+        value.encode("utf-8")
+        value = local_path(value)
+        value.encode("utf-8")  # once more: a percent sign may stand for any byte
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RowError("NameNotUtf8", f"found the name {readable_text(value)!r}, which is not UTF-8") from error

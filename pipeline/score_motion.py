@@ -11,7 +11,9 @@ from pipeline.camera_motion import STILL, Flow, PairMotion, mean_magnitude, pair
 from pipeline.samples import Image, Sample, SampleSpec
 from schemas.recipe import Config, short_hash
 
-LEAST_PX = 16  # flow needs patches: smaller pictures are enlarged
+LEAST_PX = (
+    32  # a patch of 8 at a quarter of the size: below it OpenCV picks other scales by width alone, fails or gives NaN
+)
 LEAST_SHIFT_PX = 2  # at half size; less is found from rest
 BETTER_FIT = 0.9  # the share of the difference at rest that must not be left after the shift
 FINE_FLOW_PX = (
@@ -30,7 +32,7 @@ class MotionConfig(Config):
     @property
     def scorer_id(self) -> str:
         """Hash of family, version and parameters."""
-        return short_hash({"family": "motion", "version": 2, **self.model_dump(mode="json")})
+        return short_hash({"family": "motion", "version": 3, **self.model_dump(mode="json")})
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,8 @@ class TextConfig(Config):
     unclip_ratio: float = Field(1.6, gt=0)  # likewise: how far a polygon grows beyond the text's core
     line_height_max: float = Field(0.15, gt=0)  # ours: of the short edge; what is thicker must be readable
     characters_min: int = Field(3, ge=1)  # ours
+    unread_max: float = Field(0.1, gt=0)  # ours: more of the picture counts in whatever script
+    readings: int = Field(2, ge=1)  # ours: lines read, the longest first, until one is readable
     confidence_min: float = Field(0.5, ge=0, le=1)  # RapidOCR drops lines below it
     edges_min: int = Field(6, ge=0)  # ours: two to a stroke, three strokes to the shortest word; 0 looks everywhere
     still_tolerance: int = Field(8, ge=0, le=255)  # ours: change of a block's colour that leaves it the same
@@ -54,7 +56,7 @@ class TextConfig(Config):
     @property
     def scorer_id(self) -> str:
         """Hash of family, version and parameters."""
-        return short_hash({"family": "text", "version": 3, **self.model_dump(mode="json")})
+        return short_hash({"family": "text", "version": 4, **self.model_dump(mode="json")})
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,11 @@ class TextScorer:
     without text the next one waits, unless it shows another scene: text that nobody could read in half a second may be
     missed, for half the cost of film without text.
 
-    The detector also marks large soft blobs on textured pictures. Lines of text are thin; a thick polygon counts only
-    if the recogniser reads at least a short word in it. A picture without edges enough for a word in any line is not looked
-    at: a proof of absence that costs a hundredth of the detector.
+    The detector also marks posts, windows and large soft blobs. So a little of what it finds counts only if the recogniser
+    reads at least a short word in one of the longest lines, or if lines that counted lay in the same place when it was last
+    looked at. A lot counts unread, for the recogniser does not know every script. A polygon thicker than a line must be
+    readable by itself. A picture without edges enough for a word in any line is not looked at: a proof of absence that costs
+    a hundredth of the detector.
     """
 
     def __init__(self, config: TextConfig) -> None:
@@ -138,8 +142,14 @@ class TextScorer:
 
     def _look(self, image: Image, blocks: Image, region: Region) -> None:
         kept = [polygon for polygon in self._polygons if not region.touches(polygon)]
-        found = self._detect(np.ascontiguousarray(region.of(image)), min(image.shape[:2]))
-        self._polygons = kept + [polygon + np.array([region.left, region.top], np.float32) for polygon in found]
+        origin = np.array([region.left, region.top], np.float32)
+        found = [
+            polygon + origin for polygon in self._detect(np.ascontiguousarray(region.of(image)), min(image.shape[:2]))
+        ]
+        same_scene = self._seen is not None and float(_change(self._seen, blocks).mean()) < self._config.scene_change
+        known = same_scene and any(_meet(before, now) for before in self._polygons for now in found)
+        counts = known or covered_share(found, image) >= self._config.unread_max or self._any_readable(image, found)
+        self._polygons = kept + (found if counts else [])
         if self._seen is None:
             self._seen = blocks.copy()
         region.of_blocks(self._seen)[:] = region.of_blocks(blocks)
@@ -153,6 +163,10 @@ class TextScorer:
         polygons, _ = self._polygons_of(probabilities, image.shape[:2])
         corners = [np.asarray(polygon, np.float32) for polygon in polygons]
         return [one for one in corners if self._is_line(one, short_edge_px) or self._is_readable(image, one)]
+
+    def _any_readable(self, image: Image, polygons: list[Polygon]) -> bool:
+        longest = sorted(polygons, key=lambda corners: -max(_sides(corners)))[: self._config.readings]
+        return any(self._is_readable(image, corners) for corners in longest)
 
     def _is_line(self, corners: Polygon, short_edge_px: int) -> bool:
         return min(_sides(corners)) <= self._config.line_height_max * short_edge_px
@@ -250,6 +264,11 @@ def read_line(recogniser: Any, line: Image) -> tuple[int, float]:
     best = steps.argmax(axis=1)
     new = np.concatenate(([True], best[1:] != best[:-1])) & (best != CTC_BLANK)
     return int(new.sum()), float(steps.max(axis=1)[new].mean()) if new.any() else 0.0
+
+
+def _meet(one: Polygon, other: Polygon) -> bool:
+    """Whether the upright boxes of two polygons share a point."""
+    return bool((one.min(axis=0) <= other.max(axis=0)).all() and (other.min(axis=0) <= one.max(axis=0)).all())
 
 
 def _sides(corners: NDArray[np.float32]) -> tuple[float, float]:

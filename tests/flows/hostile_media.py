@@ -25,6 +25,7 @@ NUM_GIF_FRAMES = 100_000
 NUM_TIFF_PAGES = 20_000
 STILLS = ("png", "jpg", "webp", "gif", "tif", "bmp", "jp2", "avif", "ico", "ppm", "tga")
 MOVING = {"mp4": "libx264", "mkv": "libx264", "webm": "libvpx", "avi": "mpeg4", "ts": "mpeg2video", "flv": "flv"}
+MOVING |= {"hevc.mp4": "libx265", "av1.mkv": "libsvtav1"}
 
 
 @dataclass
@@ -53,6 +54,7 @@ def write_good(folder: Path) -> list[str]:
     folder.mkdir(parents=True)
     for seed in range(2):
         write_video(folder / f"video{seed}.mp4", shot(seed, 20) + shot(seed + 10, 20))
+    write_video(folder / "wide.mkv", shot(2, 20, width=16_384, height=16))
     write_image(folder / "plain.png", 1)
     noise = np.random.default_rng(3).integers(0, 255, (48, 64, 3), np.uint8)
     picture = Image.fromarray(noise).resize((96, 64))
@@ -204,11 +206,15 @@ def _elsewhere(made: Hostile, port: int) -> None:
         "ftp://10.0.0.1/a.mp4",
         "file://elsewhere/a.mp4",
         "gopher://localhost/1",
+        f"HTTP://user@127.0.0.1:{port}/a.mp4",
+        "https://ｌｏｃａｌｈｏｓｔ/a.mp4",
+        "file://[::1/a.mp4",
+        "data:image/png;base64,AAAA",
     ]
-    odd = ["javascript:alert(1)", "data:image/png;base64,AAAA", "../../../nowhere/a.mp4", "pipe.mp4", "a\\u0000b.png"]
+    odd = ["javascript:alert(1)", f"//127.0.0.1:{port}/a.mp4", "../../../nowhere/a.mp4", "pipe.mp4", "a\\u0000b.png"]
     rows = [f'{{"path": "{path}"}}\n' for path in urls + odd]
     made.write("rows/manifest.jsonl", "".join(rows).encode(), None)
-    reasons = ["NotAFile"] * len(urls) + ["Missing"] * 2 + ["Missing", "Missing", "BrokenRow"]
+    reasons = ["UrlNotAllowed"] * len(urls) + ["Missing"] * 2 + ["Missing", "Missing", "BrokenRow"]
     made.reasons |= {f"rows/manifest.jsonl#row={row}": frozenset({reason}) for row, reason in enumerate(reasons)}
 
 

@@ -157,19 +157,21 @@ def test_rows_that_name_no_file_are_refused_one_by_one(tmp_path: Path) -> None:
         json.dumps({"path": "s3://bucket/a.png"}),
         json.dumps({"path": "a.png", "caption": ["x"]}),
         json.dumps({"path": "\ud800.png"}),
+        json.dumps({"path": "file:///caf%e9.png"}),
         json.dumps({"path": "list.jsonl"}),
     ]
     put(tmp_path / "list.jsonl", "\n".join([good, *bad, ""]).encode() + b'{"path": "\xff.png"}\n')
     listing = list_sources([tmp_path / "list.jsonl"])
     assert [file.path.name for file in listing.media] == ["a.png"]
-    assert [one.uri.rpartition("#row=")[2] for one in listing.refused] == sorted(map(str, range(1, 13)))
+    assert [one.uri.rpartition("#row=")[2] for one in listing.refused] == sorted(map(str, range(1, 14)))
     assert Counter(one.reason for one in listing.refused) == {
         "Missing": 1,
         "BrokenRow": 8,
-        "NotAFile": 2,
-        "NameNotUtf8": 1,
+        "NotAFile": 1,
+        "UrlNotAllowed": 1,
+        "NameNotUtf8": 2,
     }
-    assert listing.num_offered == 14
+    assert listing.num_offered == 15
 
 
 def test_csv_rows_that_do_not_fit_the_header(tmp_path: Path) -> None:

@@ -133,6 +133,18 @@ def test_tiny_pictures(size: tuple[int, int]) -> None:
     assert all(math.isfinite(value) for value in vars(found).values())
 
 
+@pytest.mark.parametrize("size", [(4, 400), (16, 400), (16, 16384), (31, 9000), (16384, 16), (30, 30)])
+def test_narrow_pictures(size: tuple[int, int]) -> None:
+    """Pixels of (height, width) that move two to the right, where flow finds hardly a patch; another picture came before."""
+    height, width = size
+    noise = np.random.default_rng(0).integers(0, 255, (height, width // 4, 3), dtype=np.uint8)
+    before = cv2.resize(noise, (width, height))
+    scorer = MotionScorer(MotionConfig())
+    scorer.pair(Sample(before[:3, :3].copy(), 0.0), Sample(before[:3, 1:4].copy(), 0.5))
+    motion = scorer.pair(Sample(before, 0.0), Sample(np.roll(before, 2, axis=1), 0.5)).motion
+    assert motion == pytest.approx(2 / min(size), rel=0.05)
+
+
 def test_flat_pictures() -> None:
     found = measure(np.full((64, 64, 3), 60, np.uint8), np.full((64, 64, 3), 200, np.uint8))
     assert all(math.isfinite(value) for value in vars(found).values())
