@@ -86,9 +86,11 @@ def caption(
         clips = clips.filter(pc.invert(pc.is_in(clips["clip_id"], value_set=done_by_others)))
     items = _window_items(clips, recipe.windows.max_s)
     done = _done(lake, captioner_id)
-    todo = left_to_do(lake, stage, items, done, retry_failed=retry_failed).items
+    left = left_to_do(lake, stage, items, done, retry_failed=retry_failed)
+    todo = left.items
     before = pc.sum(pc.is_in(items["window_id"], done["window_id"].combine_chunks())).as_py() or 0
     if not len(todo):
+        recipe.failures.check("windows", len(items) - left.num_given_up, left.given_up)
         return CaptionReport(set_name, captioner_id, len(clips), len(items), before, 0, len(items) - before, 0.0)
     inputs = {"set": set_name, "captioner_id": captioner_id, "todo": len(todo)}
     with recorded(lake, "caption", recipe, inputs) as run, progress("caption") as advance:
@@ -114,6 +116,7 @@ def caption_stage(recipe: CaptionRecipe, captioner_id: str, make_worker: Callabl
         make_worker=make_worker,
         concurrency=recipe.concurrency,
         max_block_items=max(16, recipe.concurrency),
+        failures=recipe.failures,
     )
 
 

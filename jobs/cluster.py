@@ -12,6 +12,11 @@ from schemas.errors import ConfigError
 
 SESSION_PREFIX = "outback-ray-"
 KNOCK_TIMEOUT_S = 2.0
+OWN_CLUSTER = {  # which lives for one job: what it does without is for clusters that are shared and looked at
+    "RAY_prestart_worker_first_driver": "0",  # a process for each CPU, beside those that the stage asks for
+    "RAY_enable_metrics_collection": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 
 
 def ensure_ray() -> None:
@@ -34,6 +39,8 @@ def ensure_ray() -> None:
         except ConnectionError as error:
             raise _no_cluster(address, error) from error
         return
+    for name, value in OWN_CLUSTER.items():
+        os.environ.setdefault(name, value)
     # Unix socket paths are limited to 107 bytes, so the session lives under a short folder of its own.
     _sweep_dead()
     folder = Path(tempfile.mkdtemp(prefix=f"{SESSION_PREFIX}{os.getpid()}-"))

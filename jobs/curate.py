@@ -233,7 +233,7 @@ def _check_coverage(item: Input, required: float, rules: Sequence[Rule], scored:
         return 0
     missing = int(undecided(rules, scored.clips, scored.absent, name, first).sum())
     num_asked = int(reached(rules, scored.clips, first, name).sum())
-    if num_asked - missing < required * num_asked:
+    if missing and (num_asked - missing) / num_asked < required:  # a quotient: 8 of 10 is 0.8, and 0.2 * 10 is not 2
         raise ConfigError(
             f"{name} has no row of scorer {item.pinned[1]} for {missing} of {num_asked} clips, and the recipe wants "
             f"coverage={required:g}. {how_to_fill(item.table)} to complete the scores, or accept it with "

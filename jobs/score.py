@@ -51,12 +51,14 @@ def score_captions(
         item_key="clip_id",
         tables=(CAPTION_SCORES,),
         make_worker=partial(CaptionScoreWorker, config, scorer_id, captioner_id),
+        failures=config.failures,
     )
     items = clips.filter(pc.is_in(clips["clip_id"], value_set=pa.array(list(windows), pa.string())))
     items = items.append_column("windows", pa.array([windows[clip] for clip in items["clip_id"].to_pylist()]))
     done = lake.read_where(CAPTION_SCORES, "scorer_id", [scorer_id], ["clip_id"])
     left = left_to_do(lake, stage, items, done, retry_failed=retry_failed)
     if not len(left.items):
+        config.failures.check("clips", len(items) - left.num_given_up, left.given_up)
         return ScoreReport(scorer_id, len(items), left.num_given_up, None)
     inputs = {"set": set_name, "scorer_id": scorer_id, "captioner_id": captioner_id, "todo": len(left.items)}
     with recorded(lake, "score", config, inputs) as run, progress("score caption") as advance:

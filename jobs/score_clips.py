@@ -72,6 +72,7 @@ def score_clips(
         make_worker=partial(ScoreWorker, name, config.model_dump_json(), identity, folder),
         num_cpus=config.execution.num_cpus,
         num_gpus=config.execution.num_gpus,
+        failures=config.failures,
     )
     clips = _clips(lake, set_name)
     if recipe is not None:
@@ -79,6 +80,7 @@ def score_clips(
     done = lake.read_where(table, "scorer_id", [identity], ["clip_id"])
     left = left_to_do(lake, stage, clips, done, retry_failed=retry_failed)
     if not len(left.items):
+        config.failures.check("clips", len(clips) - left.num_given_up, left.given_up)
         return ScoreReport(identity, len(clips), left.num_given_up, None)
     inputs = {"family": family, "set": set_name, "scorer_id": identity, "todo": len(left.items)}
     with (

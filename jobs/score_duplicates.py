@@ -47,10 +47,13 @@ def score_duplicates(
     stage = Stage(
         name="fingerprint",
         # More than the fingerprint's id: what failed under one limit is worth another try under others.
-        stage_id=short_hash({"fingerprint_id": fingerprint_id(), **config.model_dump(mode="json")}),
+        stage_id=short_hash(
+            {"fingerprint_id": fingerprint_id(), **config.model_dump(mode="json", exclude={"failures"})}
+        ),
         item_key="clip_id",
         tables=(FINGERPRINTS,),
         make_worker=partial(FingerprintWorker, config),
+        failures=config.failures,
     )
     done = lake.read_where(FINGERPRINTS, "fingerprint_id", [fingerprint_id()], ["clip_id"])
     left = left_to_do(lake, stage, members, done, retry_failed=retry_failed)

@@ -14,6 +14,7 @@ from jobs.clip_items import clip_items
 from jobs.cluster import ensure_ray, num_cpus
 from jobs.progress import progress
 from jobs.run import recorded
+from pipeline.failures import FailureBound
 from pipeline.stage import Stage, StageOutcome, left_to_do, run_stage
 from pipeline.tokenize_vision import Encode, Frames, Preparation, TokenizeWorker
 from schemas.catalog import Lake
@@ -22,10 +23,11 @@ from schemas.vision_tokens import TOKENIZERS, VISION_TOKENS
 
 
 class TokenizeRecipe(Config):
-    """How clips are prepared, and on how many threads each worker encodes."""
+    """How clips are prepared, on how many threads each worker encodes, and how many clips may fail."""
 
     preparation: Preparation = Preparation()
     num_threads: int = Field(default=1, ge=1)
+    failures: FailureBound = FailureBound()
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def tokenize(
         make_worker=partial(
             TokenizeWorker, LoadEncoder(Path(str(weights["uri"])), recipe.num_threads), tokenizer_id, preparation
         ),
+        failures=recipe.failures,
     )
     clips = clip_items(lake, set_name)
     done = lake.read(VISION_TOKENS, ["clip_id", "tokenizer_id"])
@@ -89,6 +92,7 @@ def tokenize(
     left = left_to_do(lake, stage, clips, done, retry_failed=retry_failed)
     todo = left.items
     if not len(todo):
+        recipe.failures.check("clips", len(clips) - left.num_given_up, left.given_up)
         return TokenizeReport(tokenizer_id, len(clips), left.num_given_up, None)
     inputs = {"set": set_name, "checkpoint": weights["checkpoint_id"], "tokenizer_id": tokenizer_id, "todo": len(todo)}
     with recorded(lake, "tokenize", recipe, inputs) as run, progress("tokenize") as advance:

@@ -13,6 +13,7 @@ from pipeline.caption_engine import Answer, Engine, Question, Sampling
 from pipeline.caption_prompts import Prompt
 from pipeline.caption_vllm import VllmConfig
 from pipeline.caption_windows import WindowConfig, window_frames
+from pipeline.failures import FailureBound
 from pipeline.sandbox import SandboxPool
 from pipeline.stage import Rows
 from schemas.captions import CAPTIONS
@@ -44,6 +45,7 @@ class CaptionRecipe(Config):
     """Engines, each in a worker of its own."""
     readers: int = Field(default=2, ge=1)
     """Processes that read frames for one engine."""
+    failures: FailureBound = FailureBound()
 
     @model_validator(mode="after")
     def _is_read(self) -> Self:

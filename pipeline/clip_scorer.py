@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 from pydantic import Field
 
+from pipeline.failures import FailureBound
 from pipeline.read_frames import moments, read_frames
 from pipeline.samples import Sample, SampleSpec, shrunk_size
 from pipeline.sandbox import Sandbox
@@ -58,13 +59,14 @@ class ScorerConfig(Config):
 
     samples: SampleSpec | FrameCount = SampleSpec()
     execution: ScoreExecution = ScoreExecution()
+    failures: FailureBound = FailureBound()
 
     def identity(self) -> dict[str, Any]:
         """What a score depends on. Files count by their content, so a config that names some says it here.
 
         Raises: ConfigError if such a file is not there.
         """
-        return self.model_dump(mode="json", exclude={"execution"})
+        return self.model_dump(mode="json", exclude={"execution", "failures"})
 
 
 C = TypeVar("C", bound=ScorerConfig)

@@ -8,6 +8,7 @@ from schemas.errors import FailureRateError
 from schemas.recipe import Config
 
 NUM_REASONS = 5
+ALL_FAILED = 3  # in a row by chance: one in a thousand even where a tenth of all files is bad. One or two prove nothing
 REJECTIONS = frozenset(
     {
         "Empty", "EmptyText", "FolderSeen", "LinkLoop", "NameNotUtf8", "NoText", "NotAFile", "NotMedia", "NoVideoStream",
@@ -19,7 +20,10 @@ REJECTIONS = frozenset(
 
 
 class FailureBound(Config):
-    """The share of items that may fail, and how many must have failed before the share says anything."""
+    """The share of items that may fail, and how many must have failed before the share says anything.
+
+    Where nothing succeeded, `ALL_FAILED` failures say enough, whatever `min_failed` is.
+    """
 
     max_ratio: float = Field(0.5, ge=0.0, le=1.0)
     min_failed: int = Field(10, ge=1)
@@ -32,7 +36,8 @@ class FailureBound(Config):
         failed = {reason: count for reason, count in failed.items() if reason not in REJECTIONS}
         num_failed = sum(failed.values())
         num_all = num_done + num_failed
-        if num_failed < self.min_failed or num_failed <= self.max_ratio * num_all:
+        enough = self.min_failed if num_done else min(self.min_failed, ALL_FAILED)
+        if num_failed < enough or num_failed / num_all <= self.max_ratio:
             return
         counts = sorted(failed.items(), key=lambda one: (-one[1], one[0]))
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts[:NUM_REASONS])

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from pipeline.failures import FailureBound
 from pipeline.read_frames import read_frames
 from pipeline.samples import shrunk_size
 from pipeline.sandbox import Sandbox
@@ -35,6 +36,7 @@ class FingerprintConfig(Config):
     timeout_s: float = Field(default=120.0, gt=0)
     memory_mb: int = Field(default=2048, gt=0)
     max_pixels: int = Field(default=120_000_000, gt=0)
+    failures: FailureBound = FailureBound()
 
 
 def fingerprint_id() -> str:

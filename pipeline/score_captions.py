@@ -9,6 +9,7 @@ from pydantic import Field
 from pipeline.caption_checks import repetition
 from pipeline.caption_windows import WindowConfig, window_frames
 from pipeline.clip_model import load_clip
+from pipeline.failures import FailureBound
 from pipeline.hub_files import local_folder
 from pipeline.sandbox import Sandbox
 from pipeline.stage import Rows
@@ -26,6 +27,7 @@ class CaptionScoreConfig(Config):
     """A CLIP model of open_clip: a folder with open_clip_config.json and weights, or `hf-hub:ORG/NAME`."""
     windows: WindowConfig = WindowConfig(num_frames=1, video_area_px=512 * 512, image_area_px=512 * 512)
     num_threads: int = Field(default=1, ge=1)
+    failures: FailureBound = FailureBound()
 
 
 class Similarity(Protocol):

@@ -147,7 +147,7 @@ def run_stage(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     blocks = list(_blocks(stage, todo, num_workers))
-    dataset = ray.data.from_arrow(blocks).map_batches(
+    dataset = ray.data.from_blocks(blocks).map_batches(
         _StageActor,
         fn_constructor_args=(lake, stage, run_id),
         # Ray wants a number where GPUs are asked for. No block is larger, so none is cut.

@@ -264,6 +264,16 @@ def test_missing_scores_are_refused_or_counted(lake: Lake) -> None:
     assert clip_id(f"{NUM + 1:016x}", 0, 2000) not in read_set(lake, "x")["clip_id"].to_pylist()
 
 
+def test_just_the_coverage_that_is_asked_for_is_enough(tmp_path: Path) -> None:
+    lake = Lake(tmp_path / "lake")
+    videos = range(1, 41, 4)
+    fill(lake, videos, motion_of=videos[:8])
+    with pytest.raises(ConfigError, match="for 2 of 10 clips"):
+        curate(lake, RECIPE.model_copy(update={"coverage": 0.81}), "x")
+    result = curate(lake, RECIPE.model_copy(update={"coverage": 0.8}), "x")  # and (1.0 - 0.8) * 10 is less than 2
+    assert result.missing["score_motion"] == 2
+
+
 def test_a_recipe_that_keeps_nothing_gives_no_name(lake: Lake) -> None:
     before = state(lake)
     with pytest.raises(ConfigError, match=r"keeps none of 12 clips.*--dry-run"):

@@ -33,5 +33,26 @@ def test_beyond_the_bound_the_commonest_reason_comes_first() -> None:
     assert caught.value.counts["done"] == 8
 
 
+@pytest.mark.parametrize("max_ratio", [0.0, 0.5, 0.99])
+def test_a_job_that_did_nothing_but_fail_has_failed_however_few_items_it_had(max_ratio: float) -> None:
+    bound = FailureBound(max_ratio=max_ratio, min_failed=10)
+    for num_failed in (3, 9):
+        with pytest.raises(FailureRateError, match=f"{num_failed} of {num_failed} media failed"):
+            bound.check("media", 0, {"ImportError": num_failed})
+    bound.check("media", 0, {"ImportError": 2})  # two bad files are no broken library
+    bound.check("media", 1, {"ImportError": 9})  # and something worked
+
+
+def test_just_the_share_that_is_allowed_is_within_the_bound_whatever_its_digits() -> None:
+    for percent in range(1, 101):
+        bound = FailureBound(max_ratio=percent / 100, min_failed=1)
+        for many in (100, 700):
+            allowed = percent * many // 100
+            bound.check("media", many - allowed, {"Corrupt": allowed})
+            if percent < 100:
+                with pytest.raises(FailureRateError):
+                    bound.check("media", many - allowed - 1, {"Corrupt": allowed + 1})
+
+
 def test_a_bound_of_one_never_fails_a_job() -> None:
     FailureBound(max_ratio=1.0, min_failed=1).check("media", 0, {"Corrupt": 1000})
