@@ -103,7 +103,7 @@ def read_scored(
             inputs.append(item)
             columns = {column: item.rows[column] for column in wanted} | _groups(rules, item)
             if item.ids is not clips.ids:  # not every clip was scored, or in another order
-                place = pc.index_in(joined["clip_id"], value_set=item.ids.found)
+                place = _places(clips.ids, item.ids)
                 columns = {column: values.take(place) for column, values in columns.items()}
                 absent[table.name] = pc.is_null(place).to_numpy()
         for column, values in columns.items():
@@ -113,6 +113,21 @@ def read_scored(
         joined = joined.filter(pa.array(of_kind))
         absent = {name: mask[of_kind] for name, mask in absent.items()}
     return Scored(tuple(inputs), joined, absent)
+
+
+def _places(ids: _Ids, among: _Ids) -> pa.ChunkedArray:
+    """Where each id stands among others, null where it does not. The same ids in another order are put beside each other by
+    the orders that are known for the sake of hashes, in a fraction of the time that looking each up takes.
+    """
+    if len(ids.found) == len(among.found):
+        (order, _), (other, _) = ids.ordered.result(), among.ordered.result()
+        ascending = ids.found if order is None else ids.found.take(order)
+        if ascending.equals(among.found if other is None else among.found.take(other)):
+            in_order = np.arange(len(ids.found))
+            place = np.empty(len(ids.found), np.int64)
+            place[in_order if order is None else order] = in_order if other is None else other
+            return pa.chunked_array([place])
+    return pc.index_in(ids.found, value_set=among.found)
 
 
 def _groups(rules: Sequence[Rule], item: Input) -> dict[str, pa.Array]:

@@ -1,6 +1,7 @@
 """Weights by path or by name on the Hugging Face hub: `hf-hub:ORG/NAME`, for one file `hf-hub:ORG/NAME/FILE`.
 
-What is in the hub's cache is not downloaded again, and needs no network.
+What is in the hub's cache is not downloaded again. Whether a model's folder is complete the hub is asked each time: without a
+network that takes half a minute, and with HF_HUB_OFFLINE=1 no time.
 """
 
 from pathlib import Path
@@ -31,13 +32,14 @@ def local_file(name: str) -> Path:
     """A file's path as it is; a hub name -> the file in the cache. Raises: ConfigError if the hub does not give it."""
     if not name.startswith(HUB_PREFIX):
         return Path(name)
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     repository, inside = _parts(name)
     if not inside:
         raise ConfigError(f"{name}: expected {HUB_PREFIX}ORG/NAME/FILE, one file of a model")
     try:
-        return Path(hf_hub_download(repository, inside))
+        cached = try_to_load_from_cache(repository, inside)
+        return Path(cached if isinstance(cached, str) else hf_hub_download(repository, inside))
     except Exception as error:  # as above
         raise _not_there(name, f"hf download {repository} {inside} --local-dir FOLDER", error) from error
 

@@ -129,6 +129,21 @@ def test_the_scorer_that_compared_most_is_taken_and_a_published_set_stays(tmp_pa
     assert read_set(lake, "before")["clip_id"].to_pylist() == [name(0)]
 
 
+@pytest.mark.parametrize("scored", [6, 5], ids=["the same clips", "not all of them"])
+def test_rows_in_another_order_are_put_beside_their_clips(tmp_path: Path, scored: int) -> None:
+    lake = Lake(tmp_path / "lake")
+    same = {"segmentation_id": "s", "kind": "image", "start_ms": 0, "end_ms": 0, "start_frame": 0, "end_frame": 1}
+    for numbers in ((1, 3, 5), (0, 2, 4)):
+        lake.append(CLIPS, [{"clip_id": name(n), "media_id": name(n)[:16], **same} for n in numbers], "r")
+    for numbers in ((0, 3, 4), (1, 2, 5)):
+        rows = [{"clip_id": name(n), "scorer_id": "a", "short_edge_px": 600.0 + n} for n in numbers]
+        lake.append(RESOLUTION, rows, "r")
+    compare(lake, [(0, -1), (1.0, 0), (0, -1), (0.99, 2), (0, -1), (0, -1)][:scored])
+    recipe = CurateRecipe(resolution=Bounds(low=600.5), duplicate=Likeness(high=0.9), coverage=0.8)
+    curate(lake, recipe, "x")
+    assert read_set(lake, "x")["clip_id"].to_pylist() == [name(n) for n in (1, 2, 4, 5)[: scored - 2]]
+
+
 def test_a_scorer_counts_by_the_clips_of_the_recipe(tmp_path: Path) -> None:
     """Clips cut in another way, and compared in a larger number, do not speak for these."""
     lake = Lake(tmp_path / "lake")

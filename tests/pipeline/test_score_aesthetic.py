@@ -12,13 +12,17 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from jobs.score_continuity import ContinuityConfig, score_continuity
+from jobs.score_semantic import SemanticConfig, score_semantic
 from pipeline.clip_scorer import FrameCount, ScoreWorker, scorer_id
 from pipeline.samples import Sample
 from pipeline.score_aesthetic import AestheticConfig, AestheticScorer, load_layers, predict
 from schemas.catalog import Lake
+from schemas.clips import CLIPS
 from schemas.embeddings import EMBEDDINGS
 from schemas.errors import ConfigError
-from schemas.scores import AESTHETIC
+from schemas.media import MEDIA
+from schemas.scores import AESTHETIC, CONTINUITY, SEMANTIC
 from tests.pipeline.test_score_captions import SMALL_CLIP
 
 DIM = 16
@@ -166,6 +170,30 @@ def test_the_id_is_of_bytes_not_of_paths(config: AestheticConfig, tmp_path: Path
     assert name_of(config.model_copy(update={"samples": fewer})) != name_of(config)
 
 
+def test_kept_embeddings_say_how_alike_clips_are(
+    config: AestheticConfig, predictor: PublishedMLP, tmp_path: Path
+) -> None:
+    """From pictures through CLIP and the lake to both scores that read embeddings, against open_clip alone."""
+    lake, scorer = Lake(tmp_path / "lake"), AestheticScorer(config)
+    shown = [pictures(6)[:3], pictures(6)[3:]]
+    rows = [{"start_frame": 0, "end_frame": 9}, {"start_frame": 9, "end_frame": 18}]
+    for index, (samples, row) in enumerate(zip(shown, rows, strict=True)):
+        clip = {"clip_id": f"{MEDIUM}-{index}", "media_id": MEDIUM, "kind": "video", "segmentation_id": "s"}
+        lake.append(CLIPS, [clip | row | {"start_ms": 0, "end_ms": 9}], "r")
+        lake.append(EMBEDDINGS, scorer.score_and_keep(clip["clip_id"], samples)[1][EMBEDDINGS.name], "r")
+    medium = {"media_id": MEDIUM, "digest": MEDIUM, "kind": "video", "num_bytes": 1, "container": "x", "codec": "x"}
+    lake.append(MEDIA, [medium | {"width_px": 9, "height_px": 9, "rotation_deg": 0, "has_audio": False}], "r")
+    score_semantic(lake, None, SemanticConfig())
+    score_continuity(lake, ContinuityConfig())
+    before, after = (reference(config, predictor, samples)[0] for samples in shown)
+    means = [units.mean(axis=0) / np.linalg.norm(units.mean(axis=0)) for units in (before, after)]
+    alike = lake.read(SEMANTIC).sort_by("clip_id")["semantic"].to_pylist()
+    assert alike == [-1, pytest.approx(means[0] @ means[1], abs=2e-3)]
+    goes_on = lake.read(CONTINUITY).sort_by("clip_id")["continuity"].to_pylist()
+    assert goes_on == [-1, pytest.approx((before[1:] @ after[:2].T).max(), abs=2e-3)]
+
+
+MEDIUM = "0" * 16
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
