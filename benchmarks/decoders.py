@@ -120,19 +120,24 @@ def make(folder: Path) -> dict[str, list[Path]]:
 
 
 def media(folder: Path, most: int) -> dict[str, list[Path]]:
-    """Videos of a folder that decode to their end, by codec and B-frames; `most` of each, the largest left out first."""
+    """Videos of a folder that decode to their end, by codec and B-frames: of each kind the `most` of middle size."""
     found: dict[str, list[Path]] = {}
     files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     for path in sorted(files, key=lambda path: path.stat().st_size):
         try:
             with open_container(path.absolute()) as container:
                 context = first_video_stream(container, path).codec_context
-                kind = context.name + (", B-frames" if context.has_b_frames else "")
-            if len(found.get(kind, ())) < most and length_s(path) > 1:
+                kind = context.codec.canonical_name + (", B-frames" if context.has_b_frames else "")
+            if length_s(path) > 1:
                 found.setdefault(kind, []).append(path)
         except (RowError, av.error.FFmpegError) as error:
             print(f"left out: {path.name}: {error}")
-    return found
+    return {kind: _middle(paths, most) for kind, paths in found.items()}
+
+
+def _middle(paths: list[Path], most: int) -> list[Path]:
+    first = max(0, len(paths) - most) // 2
+    return paths[first : first + most]
 
 
 def length_s(path: Path) -> float:
