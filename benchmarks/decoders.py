@@ -120,7 +120,7 @@ def make(folder: Path) -> dict[str, list[Path]]:
 
 
 def media(folder: Path, most: int) -> dict[str, list[Path]]:
-    """Videos of a folder that decode to their end, by codec and B-frames: of each kind the `most` of middle size."""
+    """Videos of a folder longer than a second, by codec and B-frames: of each kind the `most` of middle size, if they are whole."""
     found: dict[str, list[Path]] = {}
     files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     for path in sorted(files, key=lambda path: path.stat().st_size):
@@ -128,16 +128,25 @@ def media(folder: Path, most: int) -> dict[str, list[Path]]:
             with open_container(path.absolute()) as container:
                 context = first_video_stream(container, path).codec_context
                 kind = context.codec.canonical_name + (", B-frames" if context.has_b_frames else "")
-            if length_s(path) > 1:
-                found.setdefault(kind, []).append(path)
+                if (container.duration or 0) > av.time_base:
+                    found.setdefault(kind, []).append(path)
         except (RowError, av.error.FFmpegError) as error:
             print(f"left out: {path.name}: {error}")
-    return {kind: _middle(paths, most) for kind, paths in found.items()}
+    chosen = {kind: [path for path in _middle(paths, most) if _is_whole(path)] for kind, paths in found.items()}
+    return {kind: paths for kind, paths in chosen.items() if paths}
 
 
 def _middle(paths: list[Path], most: int) -> list[Path]:
     first = max(0, len(paths) - most) // 2
     return paths[first : first + most]
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return length_s(path) > 1
+    except RowError as error:
+        print(f"left out: {path.name}: {error}")
+        return False
 
 
 def length_s(path: Path) -> float:
