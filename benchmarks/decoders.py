@@ -120,7 +120,7 @@ def make(folder: Path) -> dict[str, list[Path]]:
 
 
 def media(folder: Path, most: int) -> dict[str, list[Path]]:
-    """Videos of a folder longer than a second, by codec and B-frames: of each kind the `most` of middle size, if they are whole."""
+    """Whole videos of a folder, over a second, by codec and B-frames: at most `most` of each kind, of middle size."""
     found: dict[str, list[Path]] = {}
     files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     for path in sorted(files, key=lambda path: path.stat().st_size):
