@@ -120,19 +120,33 @@ def make(folder: Path) -> dict[str, list[Path]]:
 
 
 def media(folder: Path, most: int) -> dict[str, list[Path]]:
-    """Videos of a folder that decode to their end, by codec and B-frames; `most` of each, the largest left out first."""
+    """Whole videos of a folder, over a second, by codec and B-frames: at most `most` of each kind, of middle size."""
     found: dict[str, list[Path]] = {}
     files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     for path in sorted(files, key=lambda path: path.stat().st_size):
         try:
             with open_container(path.absolute()) as container:
                 context = first_video_stream(container, path).codec_context
-                kind = context.name + (", B-frames" if context.has_b_frames else "")
-            if len(found.get(kind, ())) < most and length_s(path) > 1:
-                found.setdefault(kind, []).append(path)
+                kind = context.codec.canonical_name + (", B-frames" if context.has_b_frames else "")
+                if (container.duration or 0) > av.time_base:
+                    found.setdefault(kind, []).append(path)
         except (RowError, av.error.FFmpegError) as error:
             print(f"left out: {path.name}: {error}")
-    return found
+    chosen = {kind: [path for path in _middle(paths, most) if _is_whole(path)] for kind, paths in found.items()}
+    return {kind: paths for kind, paths in chosen.items() if paths}
+
+
+def _middle(paths: list[Path], most: int) -> list[Path]:
+    first = max(0, len(paths) - most) // 2
+    return paths[first : first + most]
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return length_s(path) > 1
+    except RowError as error:
+        print(f"left out: {path.name}: {error}")
+        return False
 
 
 def length_s(path: Path) -> float:

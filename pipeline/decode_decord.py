@@ -33,6 +33,8 @@ class DecordReader(VideoReader):
             raise RowError("DecodeFailed", f"{path.name}: decord says {message}") from error
         if first is None or spans is None:
             raise RowError("DecodeFailed", f"{path.name}: decord finds no frame")
+        if first.ndim != 3 or first.shape[2] != 3:  # of very small pictures
+            raise RowError("DecodeFailed", f"{path.name}: decord gives a picture of shape {first.shape}")
         self.height_px, self.width_px = first.shape[:2]
         check_pixels(self.width_px, self.height_px, max_pixels)
         spans = np.asarray(spans, np.float64)

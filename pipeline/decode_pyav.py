@@ -97,6 +97,7 @@ class PyavReader(VideoReader):
         self._failure = ""
         self._step = 0
         self._stated = 0  # duration of the newest frame
+        self._leapt_back = False
         self._raw: Iterator[VideoFrame]
         self._open()
         self.fps = self._nominal_fps()
@@ -241,15 +242,16 @@ class PyavReader(VideoReader):
         return of_stream_s, max(max(self._stamps_s, default=0.0) - begins_s, self.end_s)
 
     def leaps(self, seconds: float) -> bool:
-        """Where the index of the file tells of a key frame between here and there."""
+        """Where the index of the file tells of a key frame between here and there, until that has led back to the start."""
         base = self._stream.time_base
-        if self._last_pts is None or not base:
+        if self._last_pts is None or not base or self._leapt_back:
             return False
         index = self._stream.index_entries
         entry = index.search_timestamp(self._origin + int(seconds / base))
         if entry < 0 or (index[entry].timestamp - self._origin - self._last_pts) * base * self.fps < LEAP_LEAST_FRAMES:
             return False
         self.seek(seconds)
+        self._leapt_back = self._index is not None
         return True
 
     def seek(self, seconds: float) -> None:

@@ -1,6 +1,7 @@
 """Picture files -> one upright 8-bit BGR picture, whatever mode they store."""
 
 import contextlib
+import io
 import struct
 import warnings
 import zlib
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Pillow
-from PIL import ImageOps, UnidentifiedImageError
+from PIL import ImageCms, ImageOps, UnidentifiedImageError
 
 from pipeline.decode import Image, check_pixels
 from schemas.errors import RowError
@@ -40,8 +41,9 @@ class Picture:
 def read_image(path: Path, max_pixels: int | None = None, max_pictures: int | None = None) -> Picture:
     """A picture file -> its first frame, upright, uint8 [height, width, 3], blue first.
 
-    Transparency is laid on white, as pages show it. 16-bit values are scaled by their full range, floats by 0 to 1.
-    Size and number of pictures are checked before any pixel is decoded. Of a GIF that holds several the first is read.
+    Transparency is laid on white, as pages show it. Inks become colours by the profile that comes with them. 16-bit values
+    are scaled by their full range, floats by 0 to 1. Size and number of pictures are checked before any pixel is decoded.
+    Of a GIF that holds several the first is read.
 
     Raises: RowError with TooManyPixels, TooManyFrames, Unreadable or Truncated.
     """
@@ -131,8 +133,20 @@ def _to_bgr(picture: Pillow.Image) -> Image:
         page = Pillow.new("RGB", picture.size, WHITE)
         page.paste(layered, mask=layered.getchannel("A"))
         picture = page
-    rgb = np.asarray(picture.convert("RGB"))
+    rgb = np.asarray(_from_inks(picture) if picture.mode == "CMYK" else picture.convert("RGB"))
     return np.ascontiguousarray(rgb[:, :, ::-1])
+
+
+def _from_inks(picture: Pillow.Image) -> Pillow.Image:
+    """CMYK -> RGB by the file's own profile, without which nobody knows the inks; plain arithmetic if it holds none."""
+    profile = picture.info.get("icc_profile")
+    if profile:
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a profile that is none, or of other colours
+            inks = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            converted = ImageCms.profileToProfile(picture, inks, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            if converted is not None:
+                return converted
+    return picture.convert("RGB")
 
 
 def _eight_bit(values: NDArray[np.generic]) -> NDArray[np.uint8]:

@@ -64,6 +64,16 @@ def test_a_seek_leads_to_the_frame_shown_then(clip: Path, decoder: str, target: 
 
 
 @pytest.mark.parametrize("decoder", BUILT_IN)
+@pytest.mark.parametrize("size", [(1, 1), (3, 17), (32, 2), (98, 50)])
+def test_pictures_of_any_size_are_pictures(tmp_path: Path, decoder: str, size: tuple[int, int]) -> None:
+    width, height = size
+    frames = [np.full((height, width, 3), level, np.uint8) for level in (40, 120, 200)]
+    _, images, _ = read(write_video(tmp_path / "a.mp4", frames, pix_fmt="yuv444p"), decoder)
+    assert [image.shape for image in images] == [(height, width, 3)] * 3
+    assert np.abs(np.stack(images).astype(int) - np.stack(frames)).max() < 8
+
+
+@pytest.mark.parametrize("decoder", BUILT_IN)
 def test_variable_rate_and_late_start_keep_their_times(tmp_path: Path, decoder: str) -> None:
     steps_ms = [0, 40, 80, 200, 240, 500, 540, 1000]
     path = write_video(tmp_path / "vfr.mkv", shot(2, 8), times_ms=[1500 + step for step in steps_ms])

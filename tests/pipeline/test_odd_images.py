@@ -10,6 +10,7 @@ import pytest
 from PIL import Image as Pillow
 
 from pipeline.probe_media import probe
+from pipeline.read_image import read_image
 from pipeline.scan_medium import ScanConfig, scan_medium
 from schemas.errors import RowError
 from tests.pipeline.made_media import texture
@@ -118,6 +119,35 @@ def test_a_transparent_palette_colour_is_as_white(tmp_path: Path) -> None:
         found = scores(tmp_path / name)
         for score in ("luma_mean", "luma_std", "monochrome_ratio", "sharpness", "colourfulness"):
             assert found[score] == pytest.approx(expected[score], rel=1e-4), (name, score)
+
+
+def ink_profile(rgb_of_cyan: int) -> bytes:
+    """The smallest ICC profile of CMYK: neutral greys, of this level for full cyan, white for no ink at all."""
+    lightness = round(Pillow.new("RGB", (1, 1), (rgb_of_cyan,) * 3).convert("LAB").getpixel((0, 0))[0])  # type: ignore[index]
+    corners = bytes(
+        value
+        for index in range(16)  # cyan is the slowest
+        for value in (0 if index & 1 else (lightness if index & 8 else 255), 128, 128)
+    )
+    ramp, one, nil = bytes(range(256)), (65536).to_bytes(4, "big"), bytes(4)
+    identity = one + nil * 3 + one + nil * 3 + one
+    lut = b"mft1" + bytes(4) + bytes((4, 3, 2, 0)) + identity + ramp * 4 + corners + ramp * 3
+    lut += bytes(-len(lut) % 4)
+    head = bytes(4) + bytes.fromhex("02400000") + b"prtrCMYKLab " + bytes(12) + b"acsp" + bytes(28)
+    head += b"".join(value.to_bytes(4, "big") for value in (63190, 65536, 54061)) + bytes(48)  # D50
+    tags = (1).to_bytes(4, "big") + b"A2B0" + (144).to_bytes(4, "big") + len(lut).to_bytes(4, "big")
+    return (len(head) + 4 + len(tags) + len(lut)).to_bytes(4, "big") + head + tags + lut
+
+
+def test_inks_have_the_colour_that_their_profile_says(tmp_path: Path) -> None:
+    half = np.zeros((64, 64, 4), np.uint8)
+    half[:, 32:, 0] = 255  # all cyan on the right
+    Pillow.fromarray(half, "CMYK").save(tmp_path / "a.tif", icc_profile=ink_profile(118))
+    Pillow.fromarray(half, "CMYK").save(tmp_path / "plain.tif")
+    found, plain = (read_image(tmp_path / name).bgr for name in ("a.tif", "plain.tif"))
+    assert found[10, 10].min() >= 253
+    assert np.abs(found[10, 50].astype(int) - 118).max() <= 3
+    assert plain[10, 50].tolist() == [255, 255, 0]
 
 
 def heic(path: Path) -> None:

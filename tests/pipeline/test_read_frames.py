@@ -197,3 +197,17 @@ def test_far_apart_frames_are_those_of_one_pass(
         assert num_leaping <= num_plain * 1.1
         if suffix == ".mp4" and end_ms - start_ms > count * 2000:
             assert num_leaping < num_plain / 2
+
+
+def test_leaps_that_lead_back_to_the_start_are_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video(tmp_path / "a.mp4", shot(1, 300, width=96, height=64), options={"g": "25"})
+    expected = read_frames(path, 0, 12_000, num_frames=6)
+    starts = []
+
+    def lost(self: PyavReader, seconds: float) -> None:
+        starts.append(seconds)
+        self._rewind()
+
+    monkeypatch.setattr(PyavReader, "seek", lost)
+    assert np.array_equal(read_frames(path, 0, 12_000, num_frames=6), expected)
+    assert len(starts) == 2  # of the span, and of one leap

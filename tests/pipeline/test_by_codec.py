@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.codecs import ENCODERS, PLAIN, SHOT_MS, SHOTS, Scanned, scanned, spreads, verdicts, write
+from benchmarks.by_codec import ENCODERS, PLAIN, SHOT_MS, SHOTS, Scanned, scanned, spreads, verdicts, write
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -1,6 +1,6 @@
 """One source in six codecs and at a variable frame rate: its cuts, its verdicts, and the scores that differ most.
 
-Usage: python benchmarks/codecs.py
+Usage: python benchmarks/by_codec.py
 
 The source is made: eight shots of a second, each on its own side of some rule of the shipped `offline` recipe, which is
 asked with its bound of the resolution lowered to the source's. Every encoding goes through the scan as it is shipped.
