@@ -35,9 +35,11 @@ PHRASES: Mapping[Kind, str] = MappingProxyType(
     {"video": "a video", "image": "an image", "other": "neither a video nor an image"}
 )
 RAW_STREAMS = frozenset(
-    {"av1", "avs2", "avs3", "cavsvideo", "dirac", "dnxhd", "evc", "h261", "h263", "h264", "hevc", "ingenient", "ipu"}
+    {"av1", "avs2", "avs3", "cavsvideo", "dirac", "dnxhd", "evc", "h264", "hevc", "ingenient", "ipu"}
     | {"m4v", "mjpeg", "mjpeg_2000", "mpegvideo", "obu", "rawvideo", "vc1", "vvc"}
 )  # streams without a container, which have no mark of their own
+FAINT_FORMATS = frozenset({"cdg", "h261", "h263", "image2", "tty", "txt", "xbin"})
+"""What FFmpeg also takes text and noise for: hardly a byte tells them. No suffix of ours promises one of them."""
 SNIFFED_BYTES = 4096
 TS_PACKETS = (188, 192, 204)  # packet lengths of MPEG transport streams
 PICTURE_BRANDS = frozenset({b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1", b"hevc", b"hevx"})
@@ -242,7 +244,7 @@ def _ask_readers(path: Path) -> Kind:
     try:
         with open_container(path.absolute()) as container:
             name = container.format.name
-            if name in ("tty", "txt", "xbin", "image2") or name.endswith("_pipe"):
+            if name in FAINT_FORMATS or name.endswith("_pipe"):
                 return "other"
             # FFmpeg also guesses a raw stream in the middle of something else, such as a PDF with a photograph.
             if name in RAW_STREAMS and named_kind(path) != "video":

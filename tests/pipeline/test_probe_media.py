@@ -181,6 +181,13 @@ def test_drawings_of_characters_are_no_video(tmp_path: Path, name: str) -> None:
         probe(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["noise.mkv", "noise.bin"])
+def test_a_few_bytes_of_noise_are_no_video(tmp_path: Path, name: str) -> None:
+    """FFmpeg knows graphics of karaoke discs by two bytes in 24, which one file of noise in some hundreds has."""
+    (tmp_path / name).write_bytes((b"\x09\x01" + bytes(22)) * 3)
+    assert sniff(tmp_path / name) == "other"
+
+
 def test_a_gif_that_claims_more_pixels_than_pillow_opens_is_refused_as_any_other(tmp_path: Path) -> None:
     Image.new("L", (8, 8)).save(tmp_path / "a.gif")
     data = (tmp_path / "a.gif").read_bytes()
