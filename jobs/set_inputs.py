@@ -160,6 +160,7 @@ class _Reader:
         self.recipe = recipe
         self.at = at
         self.known: list[_Ids] = []
+        self.decoded: dict[bytes, pa.ChunkedArray] = {}
         self.beside = ThreadPoolExecutor(1)
 
     def clips(self) -> Input:
@@ -187,7 +188,7 @@ class _Reader:
             raise ConfigError(f"{table.name} is empty. {how_to_fill(table)} first")
         by = table.key[1]
         encoded = [by, "kind"] if table is CLIPS else [by]
-        rows = self.lake.read(table, ["clip_id", by, *columns], at=snapshot_id, encoded=encoded)
+        rows = self.lake.read(table, ["clip_id", by, *columns], at=snapshot_id, encoded=encoded, decoded=self.decoded)
         counts = {item["values"]: item["counts"] for item in pc.value_counts(rows[by]).to_pylist()}
         listed = ", ".join(f"{found} ({count} rows)" for found, count in sorted(counts.items()))
         if wanted is None:

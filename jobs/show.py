@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.curate import print_funnel as print_steps
@@ -74,22 +73,28 @@ class AttemptReport:
 def table_reports(lake: Lake, *, hashes: bool = False) -> list[TableReport]:
     """Every table of the lake, made or not, in the order of the road."""
     reports = []
-    clips = pc.unique(lake.read(CLIPS, ["clip_id"])["clip_id"])
+    num_clips = _num_clips(lake, CLIPS)
     for table in all_tables(lake):
         sha256 = lake.content_sha256(table) if hashes and not table.ledger else None
         facts = lake.facts(table)
-        seconds, coverage = _cost_and_coverage(lake, table, clips) if facts.num_rows else (None, None)
+        seconds, coverage = _cost_and_coverage(lake, table, num_clips) if facts.num_rows else (None, None)
         reports.append(TableReport(**asdict(facts), content_sha256=sha256, seconds_per_clip=seconds, coverage=coverage))
     return reports
 
 
-def _cost_and_coverage(lake: Lake, table: Table, clips: pa.Array) -> tuple[float | None, float | None]:
-    if not table.name.startswith(PREFIX) or not len(clips):
+def _cost_and_coverage(lake: Lake, table: Table, num_clips: int) -> tuple[float | None, float | None]:
+    if not table.name.startswith(PREFIX) or not num_clips:
         return None, None
-    timed = SECONDS.name in table.names
-    rows = lake.read(table, ["clip_id", *([SECONDS.name] if timed else [])])
-    scored = pc.sum(pc.is_in(clips, value_set=pc.unique(rows["clip_id"]))).as_py()
-    return pc.mean(rows[SECONDS.name]).as_py() if timed else None, scored / len(clips)
+    seconds = lake.read(table, [SECONDS.name])[SECONDS.name] if SECONDS.name in table.names else None
+    return pc.mean(seconds).as_py() if seconds is not None else None, _num_clips(lake, table) / num_clips
+
+
+def _num_clips(lake: Lake, table: Table) -> int:
+    """Clips that have rows: as many as rows, where all are by one detector or scorer. Their ids are read only elsewhere."""
+    num_rows = lake.facts(table).num_rows
+    if num_rows == 0 or lake.only_value(table, table.key[1]) is not None:
+        return num_rows
+    return int(pc.count_distinct(lake.read(table, ["clip_id"])["clip_id"]).as_py())
 
 
 def run_reports(lake: Lake) -> list[RunReport]:

@@ -10,6 +10,7 @@ state. Tags are set in a commit of their own, create-only, because a retried tra
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import pickle
 import random
@@ -139,11 +140,14 @@ class Lake:
         where: "BooleanExpression | None" = None,
         at: "int | None" = None,
         encoded: Sequence[str] = (),
+        decoded: "dict[bytes, pa.ChunkedArray] | None" = None,
     ) -> pa.Table:
         """Rows of `table` at snapshot `at` (default: now) as Arrow of the table's own types, in no order to rely on.
 
         Files come by their first key, so that tables which were written batch by batch alike have their rows alike.
         `encoded` names string columns of few values, to be left dictionary-encoded: a fifth of the memory.
+        `decoded` is handed from read to read of tables with the same first key: a file that stores its first key in the
+        very bytes of an earlier one shares its array.
         """
         names = list(columns) if columns is not None else table.names
         schema = pa.schema([table.arrow_schema.field(name) for name in names])
@@ -156,7 +160,7 @@ class Lake:
         if handle is None or (at is None and handle.current_snapshot() is None):
             return schema.empty_table()
         if where is None:
-            parts = _read_all(handle, _planned_files(handle, at), names, table.key[0], encoded)
+            parts = _read_all(handle, _planned_files(handle, at), names, table.key[0], encoded, decoded)
         else:
             scan = handle.scan(row_filter=where, snapshot_id=at)
             held = [name for name in names if name in scan.projection().column_names]
@@ -244,6 +248,21 @@ class Lake:
         """Tag name -> snapshot id."""
         handle = self._load(table)
         return _tags_of(handle) if handle is not None else {}
+
+    def only_value(self, table: Table, column: str) -> str | None:
+        """The value that all rows have in a string column, as far as the bounds of the data files tell without opening one.
+
+        None if there are several or no rows, or if the bounds were cut short, as PyIceberg cuts those of long strings.
+        """
+        handle = self._load(table)
+        if handle is None or handle.current_snapshot() is None:
+            return None
+        place = handle.schema().find_field(column).field_id
+        bounds: set[bytes | None] = set()
+        for task in handle.scan().plan_files():
+            bounds |= {(task.file.lower_bounds or {}).get(place), (task.file.upper_bounds or {}).get(place)}
+        (value, *others) = bounds or {None}
+        return value.decode() if value is not None and not others else None
 
     def content_sha256(self, table: Table, at: "int | None" = None) -> str:
         """SHA-256 over the rows' content, provenance left out: equal for lakes that hold the same."""
@@ -648,15 +667,26 @@ def _planned_files(handle: "IcebergTable", at: int | None, where: "BooleanExpres
 
 
 def _read_all(
-    handle: "IcebergTable", paths: Sequence[str], names: Sequence[str], first_key: str, encoded: Sequence[str]
+    handle: "IcebergTable",
+    paths: Sequence[str],
+    names: Sequence[str],
+    first_key: str,
+    encoded: Sequence[str],
+    decoded: "dict[bytes, pa.ChunkedArray] | None",
 ) -> list[pa.Table]:
     """Files -> their rows, file by file in the order of the first key of each. Several files are read at once, by a thread
     each: Arrow would share out the columns of one, which costs more than it brings where files are small.
     """
     if len(paths) < 2:
         return [_read_columns(handle, path, names, encoded) for path in paths]
+
+    def read(path: str) -> pa.Table:
+        if decoded is not None and first_key in names and first_key not in encoded:
+            return _read_sharing(handle, path, names, encoded, first_key, decoded)
+        return _read_columns(handle, path, names, encoded, use_threads=False)
+
     with ThreadPoolExecutor(pa.cpu_count()) as pool:
-        parts = list(pool.map(lambda path: _read_columns(handle, path, names, encoded, use_threads=False), paths))
+        parts = list(pool.map(read, paths))
     if first_key not in names:
         return parts
     return sorted((part for part in parts if len(part)), key=lambda part: part[first_key][0].as_py())
@@ -669,6 +699,46 @@ def _read_columns(
     with _open_parquet(handle, path, encoded) as file:
         held = [name for name in names if name in file.schema_arrow.names]
         return file.read(columns=held, use_threads=use_threads)
+
+
+def _read_sharing(
+    handle: "IcebergTable",
+    path: str,
+    names: Sequence[str],
+    encoded: Sequence[str],
+    first_key: str,
+    decoded: "dict[bytes, pa.ChunkedArray]",
+) -> pa.Table:
+    """The same. Ids take longer to decode than all scores of a family, and equal bytes hold equal ids."""
+    with _open_parquet(handle, path, encoded) as file:
+        held = [name for name in names if name in file.schema_arrow.names]
+        with _opened(handle, path) as source:
+            stored = _stored_sha256(source, file, first_key)
+        if stored in decoded:
+            rest = file.read(columns=[name for name in held if name != first_key], use_threads=False)
+            return rest.append_column(first_key, decoded[stored])
+        rows = file.read(columns=held, use_threads=False)
+        decoded[stored] = rows[first_key]
+        return rows
+
+
+def _stored_sha256(source: pa.NativeFile, file: "ParquetFile", name: str) -> bytes:
+    """Hash of a column as it is stored, encoded and compressed, and of what else its decoding depends on."""
+    index = file.schema_arrow.names.index(name)  # of tables without nested columns before it, such as the key's
+    digest = hashlib.sha256(f"{file.schema.column(index).max_definition_level}".encode())
+    for group in range(file.metadata.num_row_groups):
+        column = file.metadata.row_group(group).column(index)
+        assert column.path_in_schema == name
+        digest.update(f";{column.physical_type} {column.compression} {column.num_values};".encode())
+        start = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
+        source.seek(start)
+        digest.update(source.read(column.total_compressed_size))
+    return digest.digest()
+
+
+def _opened(handle: "IcebergTable", path: str) -> Any:
+    local = _local(path)
+    return pa.OSFile(local) if local.startswith("/") else handle.io.new_input(path).open()
 
 
 def _open_parquet(handle: "IcebergTable", path: str, encoded: Sequence[str] = ()) -> "ParquetFile":

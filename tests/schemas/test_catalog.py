@@ -419,6 +419,29 @@ def test_large_tables_are_read_in_small_batches(lake: Lake) -> None:
     assert max(sizes) <= 32
 
 
+def test_columns_that_are_stored_alike_are_decoded_once_and_read_as_ever(lake: Lake) -> None:
+    other = Table("others", "For tests.", ITEMS.key, ITEMS.columns)
+    for item in "cab":
+        lake.append(ITEMS, rows(1, 2, item=item), "r")
+        lake.append(other, rows(1, 2, item="x" if item == "a" else item, score=0.25), "r")
+    decoded: dict[bytes, pa.ChunkedArray] = {}
+    for table, num_decoded in ((ITEMS, 3), (other, 4), (other, 4)):  # two of three files are alike
+        assert lake.read(table, ["item", "score"], decoded=decoded).equals(lake.read(table, ["item", "score"]))
+        assert len(decoded) == num_decoded
+
+
+def test_the_only_value_of_a_column_is_told_by_bounds(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lake.only_value(ITEMS, "item") is None
+    for part, item in ((1, "a"), (2, "a")):
+        lake.append(ITEMS, rows(part, item=item), "long names, of which bounds hold the beginning alone")
+    with monkeypatch.context() as patched:
+        patched.setattr(schemas.catalog, "_open_parquet", None)
+        assert lake.only_value(ITEMS, "item") == "a"
+        assert lake.only_value(ITEMS, "run_id") is None
+    lake.append(ITEMS, rows(3, item="b"), "r")
+    assert lake.only_value(ITEMS, "item") is None
+
+
 def test_a_lake_crosses_processes_by_pickle(lake: Lake) -> None:
     lake.append(ITEMS, rows(1), "r")
     assert parts(pickle.loads(pickle.dumps(lake))) == [1]
