@@ -147,6 +147,7 @@ def run_stage(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     blocks = list(_blocks(stage, todo, num_workers))
+    # from_arrow would measure each block in a task, which takes a worker of its own for each CPU.
     dataset = ray.data.from_blocks(blocks).map_batches(
         _StageActor,
         fn_constructor_args=(lake, stage, run_id),

@@ -15,9 +15,11 @@ from jobs.sql import run_sql
 from pipeline.clip_scorer import ClipScorer, ScorerConfig
 from pipeline.rules import Bounds, CurateRecipe, Interval, ScorerPins, rules_of
 from pipeline.samples import Sample
+from pipeline.stage import Stage, StageOutcome, attempt_row
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, FailureRateError, RowError
+from schemas.runs import ATTEMPTS
 from schemas.scores import own_family
 from schemas.table import Table
 from tests.jobs.test_adding_a_filter import blocks
@@ -72,6 +74,9 @@ def test_a_family_is_known_by_what_is_stored(lake: Lake) -> None:
     (report,) = [report for report in table_reports(lake) if report.name == "score_blue"]
     assert (report.num_rows, report.coverage, report.seconds_per_clip) == (3, 3 / NUM, 0.25)
     assert run_sql(lake, "select max(blue_ratio) from score_blue", None)[0][0].as_py() == pytest.approx(0.2)
+    scored(lake, "b2", ids(lake)[1:6])
+    (report,) = [report for report in table_reports(lake) if report.name == "score_blue"]
+    assert (report.num_rows, report.coverage) == (8, 6 / NUM)  # two clips were scored by both
     by_scan = {report.name: report for report in table_reports(lake)}["score_motion"]
     assert (by_scan.coverage, by_scan.seconds_per_clip) == (1.0, None)
 
@@ -161,6 +166,34 @@ def test_clips_that_other_rules_reject_are_not_scored(
         score_clips(lake, "blue_of_the_page:BlueScorer", recipe=CurateRecipe(resolution=Bounds(low=1)))
     with pytest.raises(ConfigError, match="margins: unknown key; did you mean 'margin'"):
         score_clips(lake, "blue_of_the_page:BlueScorer", ("margins=3",))
+
+
+def test_scoring_fails_when_too_many_clips_do_now_and_when_nothing_is_left(
+    lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "blue_of_failures.py").write_text(blocks("python")[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    scorer, stages = "blue_of_failures:BlueScorer", []
+
+    def run(lake: Lake, stage: Stage, *_: object) -> StageOutcome:
+        stages.append(stage)
+        return StageOutcome(0, 0, {}, {}, 0.0)
+
+    monkeypatch.setattr("jobs.score_clips.ensure_ray", lambda: None)
+    monkeypatch.setattr("jobs.score_clips.num_cpus", lambda: 1)
+    monkeypatch.setattr("jobs.score_clips.with_places", lambda lake, clips: clips)
+    monkeypatch.setattr("jobs.score_clips.run_stage", run)
+    for share in ("0.1", "1.0"):
+        score_clips(lake, scorer, (f"failures.max_ratio={share}",))
+    few, all_of_them = stages
+    assert (few.failures.max_ratio, all_of_them.failures.max_ratio) == (0.1, 1.0)
+    assert few.stage_id == all_of_them.stage_id
+    gone = RowError("Corrupt", "no picture")
+    lake.append(ATTEMPTS, [attempt_row(few.name, few.stage_id, clip, gone) for clip in ids(lake)], "r")
+    with pytest.raises(FailureRateError, match=f"{NUM} of {NUM} clips failed.*{NUM} Corrupt"):
+        score_clips(lake, scorer)
+    assert score_clips(lake, scorer, ("failures.max_ratio=1.0",)).num_given_up == NUM
 
 
 def test_without_weights_there_are_no_scores(lake: Lake) -> None:
