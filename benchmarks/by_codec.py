@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.curate import load_curate_recipe
+from jobs.doctor import usual_priority
 from pipeline.decode import Image
 from pipeline.rules import Rule, passes, rules_of
 from pipeline.scan_medium import ScanConfig, ScanLimits, scan_medium
@@ -106,7 +107,7 @@ def _page(shift: float) -> Image:
 def write(name: str, path: Path) -> Path:
     """One encoding of the source, as Matroska. Frames bear their times in milliseconds."""
     codec, options = ENCODERS[name]
-    with av.open(str(path), "w") as container:
+    with usual_priority(), av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=FPS, options=options)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         if name == VARIABLE:

@@ -25,6 +25,7 @@ import cv2
 import numpy as np
 
 from benchmarks.scan import SUFFIXES
+from jobs.doctor import usual_priority
 from pipeline.decode import BUILT_IN, VideoReader, open_video
 from pipeline.decode_pyav import first_video_stream, open_container
 from pipeline.read_frames import frames_at, moments
@@ -108,7 +109,7 @@ def make(folder: Path) -> dict[str, list[Path]]:
     found = {}
     for place, (kind, (codec, options)) in enumerate(MADE.items()):
         path = folder / f"{place}.mp4"
-        with av.open(str(path), "w") as container:
+        with usual_priority(), av.open(str(path), "w") as container:
             stream = container.add_stream(codec, rate=FPS, options=options)
             stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
             for index in range(FPS * SECONDS):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -186,6 +187,18 @@ def _decoder_check(decoder: str, codecs: list[str], failed: dict[str, str]) -> C
     return Check(f"decoder {decoder}", state, found, remedy)
 
 
+@contextmanager
+def usual_priority() -> Iterator[None]:
+    """Gives the process its priority back: SVT-AV1 makes one of root's a real-time process, which starves all others and whose
+    children inherit that.
+    """
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
 def write_clip(folder: Path, codec: str) -> Path:
     """A folder and a codec -> a file of eight frames of a moving square. Runs in the sandbox."""
     import av
@@ -193,7 +206,7 @@ def write_clip(folder: Path, codec: str) -> Path:
     from av.video.stream import VideoStream
 
     path = folder / f"{codec}.mkv"
-    with av.open(str(path), "w") as container:
+    with usual_priority(), av.open(str(path), "w") as container:
         stream = cast(VideoStream, container.add_stream(ENCODERS[codec], rate=8))
         stream.width = stream.height = CLIP_SIDE_PX
         stream.pix_fmt = "yuv420p"

@@ -1,5 +1,7 @@
 """What every test relies on: a shell that says nothing about lakes or clusters."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,14 @@ settings.load_profile("outback")
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 SETTINGS = ("OUTBACK_LAKE", "OUTBACK_FILES", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+
+
+@pytest.fixture(autouse=True)
+def _same_priority() -> Iterator[None]:
+    """Some encoders make the process a real-time one: every test after it would starve what it starts."""
+    before = os.sched_getscheduler(0)
+    yield
+    assert os.sched_getscheduler(0) == before
 
 
 @pytest.fixture(autouse=True)

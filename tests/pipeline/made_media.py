@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from jobs.doctor import usual_priority
+
 Image = NDArray[np.uint8]
 SHARED_MEDIA = Path(__file__).parents[3] / "shared" / "media"
 MILLISECOND = Fraction(1, 1000)
@@ -55,7 +57,7 @@ def write_video(
     options: dict[str, str] | None = None,
 ) -> Path:
     """BGR frames -> a video file, at a constant rate or at the given times."""
-    with av.open(str(path), "w") as container:
+    with usual_priority(), av.open(str(path), "w") as container:
         stream = None
         for index, frame in enumerate(frames):
             if stream is None:
