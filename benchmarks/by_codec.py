@@ -2,7 +2,7 @@
 
 Usage: python benchmarks/by_codec.py
 
-The source is made: eight shots of a second, each on its own side of some rule of the shipped `offline` recipe, which is
+The source is made: nine shots of a second, each on its own side of some rule of the shipped `offline` recipe, which is
 asked with its bound of the resolution lowered to the source's. Every encoding goes through the scan as it is shipped.
 """
 
@@ -38,7 +38,19 @@ ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
     "MPEG-4": ("mpeg4", {"b": "1500000", "bf": "2"}),
     VARIABLE: ("libx264", {"crf": "23", "bf": "3"}),
 }
-SHOTS = ("pan", "still", "grain on a still", "object on a still", "blurred pan", "dark pan", "grey pan", "page of text")
+SHOTS = (
+    "pan",
+    "still",
+    "grain on a still",
+    "object on a still",
+    "blurred pan",
+    "dark pan",
+    "bright pan",
+    "grey pan",
+    "page of text",
+)
+LEVELS = {"dark pan": (4, 30), "bright pan": (230, 295)}  # darker ones would be fades
+BLUR_PX = {"blurred pan": 80, "dark pan": 20}  # far from the bound of sharpness, that none goes over it
 VARIABLE_STEPS_MS = (20, 40, 20, 60, 40, 80, 40, 20, 80)
 
 
@@ -65,8 +77,8 @@ def picture(at_ms: int) -> Image:
     name, shift = SHOTS[shot], PAN_PX_PER_S * inside_ms / 1000
     if name == "page of text":
         return _page(shift)
-    low, high = (4, 30) if name == "dark pan" else (30, 225)
-    wide = _surface(shot, low, high, 40 if name == "blurred pan" else 1)
+    low, high = LEVELS.get(name, (30, 225))
+    wide = _surface(shot, low, high, BLUR_PX.get(name, 1))
     still = name in ("still", "grain on a still", "object on a still")
     across = np.array([[1, 0, 0 if still else shift], [0, 1, 0]], np.float64)
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP

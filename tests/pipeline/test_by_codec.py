@@ -44,7 +44,8 @@ def test_shots_fall_on_both_sides_of_the_rules(encoded: dict[str, Scanned]) -> N
     assert rejected["pan"] == rejected["object on a still"] == set()
     assert rejected["still"] == rejected["grain on a still"] == {"motion"}
     assert rejected["blurred pan"] == {"sharpness"}
-    assert "exposure" in rejected["dark pan"]
+    assert rejected["dark pan"] == {"sharpness"}
+    assert rejected["bright pan"] == {"sharpness", "exposure"}
     assert rejected["grey pan"] == {"colour"}
     assert rejected["page of text"] == {"text"}
 
