@@ -8,8 +8,8 @@ from benchmarks.by_codec import ENCODERS, PLAIN, SHOT_MS, SHOTS, Scanned, scanne
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-# Coders change the scores of coding itself, and whether a still is the same to the bit. Of these the motion of a soft or faint pan is
-# what they change most: a sixth of its range.
+# Coders change the scores of coding itself, and whether a still is the same to the bit. Of these the motion of a soft or
+# faint pan is what they change most: a sixth of its range.
 STEADY = (
     "motion.motion",
     "technical.sharpness",
