@@ -138,11 +138,11 @@ class PyavReader(VideoReader):
         """Frames of every packet that decodes. Packets of all streams pass by: the last tells where the file ends."""
         clocks = {stream.index: _clock(stream.time_base) for stream in self._container.streams}
         for packet in self._packets():
-            stamp, clock = packet.dts if packet.pts is None else packet.pts, clocks.get(packet.stream_index)
+            stamp, clock = packet.dts if packet.pts is None else packet.pts, clocks.get(packet.stream.index)
             if stamp is not None and clock:
                 end = (stamp + (packet.duration or 0)) * clock[0] / clock[1]
                 self._file_reached_s = max(self._file_reached_s, end)
-            if packet.stream_index != self._stream.index:
+            if packet.stream.index != self._stream.index:
                 continue
             if stamp is not None and clock and not packet.is_discard:
                 self._stamps_s.append(stamp * clock[0] / clock[1])

@@ -127,6 +127,23 @@ def test_a_video_cut_short_is_an_error_and_not_a_shorter_video(tmp_path: Path, s
     assert caught.value.reason == "Truncated"
 
 
+def test_the_last_frames_come_out_whatever_stream_they_are_in(tmp_path: Path) -> None:
+    path = tmp_path / "sound_first.mkv"
+    with av.open(str(path), "w") as container:
+        audio = container.add_stream("aac", rate=48_000)
+        video = container.add_stream("libx264", rate=25, options={"bf": "3", "preset": "veryfast"})
+        video.width, video.height = 320, 180
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        silence.sample_rate, silence.pts = 48_000, 0
+        container.mux([*audio.encode(silence), *audio.encode()])
+        for frame in shot(3, 30):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="bgr24")))
+        container.mux(video.encode())
+    with av.open(str(path)) as container:
+        assert [stream.type for stream in container.streams] == ["audio", "video"]
+    assert len(read(path)[0]) == 30
+
+
 def write_matroska(path: Path, video_s: float, num_frames: int, audio_s: float) -> Path:
     """Frames from `video_s` on, 25 a second, and silence from 0 s on."""
     with av.open(str(path), "w") as container:
