@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import cast
 
 import av
 import cv2
 import numpy as np
 import pyarrow as pa
+from av.video.stream import VideoStream
 
 from jobs.curate import load_curate_recipe
 from jobs.doctor import usual_priority
@@ -120,7 +122,7 @@ def write(name: str, path: Path) -> Path:
     """One encoding of the source, as Matroska. Frames bear their times in milliseconds."""
     codec, options = ENCODERS[name]
     with usual_priority(), av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=FPS, options=options)
+        stream = cast(VideoStream, container.add_stream(codec, rate=FPS, options=options))
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         if name == VARIABLE:
             stream.time_base = stream.codec_context.time_base = MILLISECOND

@@ -7,6 +7,7 @@ are small or large, still, moving or scrolled, in one line or a page, all of the
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -162,7 +163,7 @@ def _writing(rng: np.random.Generator) -> _Writing:
     )
 
 
-def _coloured(grey: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.uint8]:
+def _coloured(grey: NDArray[np.floating[Any]], rng: np.random.Generator) -> NDArray[np.uint8]:
     """Values 0 to 1 [height, width] -> a picture between two colours."""
     low, high = rng.uniform(0, 110, 3), rng.uniform(110, 255, 3)
     picture = low + np.clip(grey, 0, 1)[..., np.newaxis] * (high - low)
@@ -176,7 +177,7 @@ def _noise(rng: np.random.Generator, octaves: int = 6, weight: float = 0.6) -> N
         size = (2 * WIDTH >> (octaves - octave), 2 * HEIGHT >> (octaves - octave))
         layer = rng.random((max(2, size[1]), max(2, size[0])), dtype=np.float32)
         total += weight**octave * cv2.resize(layer, (2 * WIDTH, 2 * HEIGHT), interpolation=cv2.INTER_CUBIC)
-    return (total - total.min()) / (total.max() - total.min())
+    return np.asarray((total - total.min()) / (total.max() - total.min()), np.float32)
 
 
 def _axes() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -195,7 +196,7 @@ def _stripes(rng: np.random.Generator) -> NDArray[np.uint8]:
 def _grid(rng: np.random.Generator) -> NDArray[np.uint8]:
     down, right = _axes()
     period, line = rng.uniform(8, 40), rng.uniform(1, 4)
-    return _coloured(np.float32(((right % period) < line) | ((down % period) < line)), rng)
+    return _coloured(np.asarray((right % period < line) | (down % period < line), np.float32), rng)
 
 
 def _bricks(rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -227,9 +228,9 @@ def _posts(rng: np.random.Generator) -> NDArray[np.uint8]:
     height, gap = int(rng.integers(10, 60)), int(rng.integers(4, 16))
     for top in range(0, 2 * HEIGHT, height + int(rng.integers(6, 60))):
         for left in range(0, 2 * WIDTH, gap):
-            lean, wide = rng.integers(-3, 4), int(rng.integers(1, max(2, gap - 2)))
+            lean, wide = int(rng.integers(-3, 4)), int(rng.integers(1, max(2, gap - 2)))
             draw.line(
-                (left, top + rng.integers(0, 4), left + lean, top + height),
+                (left, top + int(rng.integers(0, 4)), left + lean, top + height),
                 fill=int(rng.integers(120, 255)),
                 width=wide,
             )
