@@ -32,7 +32,7 @@ from pipeline.read_frames import frames_at, moments
 from schemas.errors import RowError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a file that is run finds no neighbours
-from benchmarks.scan import SUFFIXES  # noqa: E402
+from benchmarks.scan import SUFFIXES
 
 WIDTH, HEIGHT, FPS, SECONDS = 854, 480, 25, 12
 MADE: dict[str, tuple[str, dict[str, str]]] = {

@@ -30,7 +30,7 @@ from pipeline.score_text import TextConfig, TextScorer
 from schemas.errors import RowError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a file that is run finds no neighbours
-from benchmarks.made_text import made_videos  # noqa: E402
+from benchmarks.made_text import made_videos
 
 SAMPLE_S = 0.5
 BOUNDS = (0.002, 0.005, 0.01, 0.015, 0.02)
