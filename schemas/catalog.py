@@ -709,7 +709,7 @@ def _read_sharing(
     first_key: str,
     decoded: "dict[bytes, pa.ChunkedArray]",
 ) -> pa.Table:
-    """The same. Ids take longer to decode than all scores of a family, and equal bytes hold equal ids."""
+    """What `_read_columns` reads. Ids take longer to decode than all scores of a family, and equal bytes hold equal ids."""
     with _open_parquet(handle, path, encoded) as file:
         held = [name for name in names if name in file.schema_arrow.names]
         with _opened(handle, path) as source:
