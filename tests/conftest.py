@@ -29,6 +29,16 @@ def _no_settings_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture(scope="module")
+def ray_apart() -> Iterator[None]:
+    """For modules with clusters of their own: Ray holds one connection a process, and a cluster that ends cuts it off."""
+    import ray
+
+    ray.shutdown()
+    yield
+    ray.shutdown()
+
+
 @pytest.fixture(scope="session")
 def checkout() -> Path:
     """The root of the checkout."""

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,16 +77,13 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scanned(tmp_path_factory: pytest.TempPathFactory, media: Path) -> Iterator[Lake]:
+def scanned(tmp_path_factory: pytest.TempPathFactory, media: Path, ray_apart: None) -> Lake:
     """A lake of forty images in the set `all`."""
-    import ray
-
     lake = Lake.open(tmp_path_factory.mktemp("scanned") / "lake")
     ingest(lake, [str(media)], options=IngestConfig())
     scan(lake, ScanConfig())
     curate(lake, CurateRecipe(), "all")
-    yield lake
-    ray.shutdown()  # others start clusters of their own
+    return lake
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ MOST_CPUS = 4
 
 
 @pytest.fixture
-def cluster() -> Iterator[Any]:
+def cluster(ray_apart: None) -> Iterator[Any]:
     """A node that has no CPU to give."""
     from ray.cluster_utils import Cluster
 

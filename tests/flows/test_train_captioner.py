@@ -33,10 +33,8 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Lake, Path]:
+def place(tmp_path_factory: pytest.TempPathFactory, ray_apart: None) -> tuple[Lake, Path]:
     """A lake of a few pictures with captions, one of them endless, and where they lie."""
-    import ray
-
     folder = tmp_path_factory.mktemp("media") / "here"
     folder.mkdir()
     for level in range(NUM_IMAGES):
@@ -48,7 +46,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Lake, Path]:
     scan(lake, load_named(ScanConfig, "scan"))
     curate(lake, CurateRecipe(), "all")
     caption(lake, "all")
-    ray.shutdown()
     return lake, folder
 
 
@@ -57,8 +54,6 @@ def recipe(*options: str) -> TrainRecipe:
 
 
 def test_absent_media_stop_a_training_and_leave_nothing_behind(place: tuple[Lake, Path]) -> None:
-    import ray
-
     lake, folder = place
     away = folder.rename(folder.with_name("away"))
     with pytest.raises(ConfigError, match="5 of 5 clips or windows of the set cannot be read"):
@@ -77,7 +72,6 @@ def test_absent_media_stop_a_training_and_leave_nothing_behind(place: tuple[Lake
     (row,) = lake.read(CHECKPOINTS).to_pylist()
     assert json.loads(row["recipe"])["examples"]["captioner"] == PROVIDED_ID
     assert (done.step, train(lake, recipe(), "all").already_there) == (2, True)
-    ray.shutdown()
 
 
 def test_a_captioner_that_nobody_knows_is_named(place: tuple[Lake, Path]) -> None:

@@ -54,7 +54,6 @@ def cluster(num_cpus: int) -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    ray.shutdown()  # of whatever ran before in this process
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": num_cpus, "include_dashboard": False})
     try:
         ray.init(address=made.address, log_to_driver=False)

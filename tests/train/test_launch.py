@@ -3,7 +3,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,13 +22,10 @@ from train.vision_tokenizer import train_vision_tokenizer
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+def cluster(ray_apart: None) -> None:
     import ray
 
-    ray.shutdown()  # of whatever ran before in this process
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 def test_a_killed_worker_is_restarted_and_ends_with_the_same_bits(cluster: None, tmp_path: Path) -> None:
