@@ -177,6 +177,7 @@ def test_a_set_is_captioned_once(asked: Asked) -> None:
     assert (row["window"], row["num_frames"], row["problem"], row["engine"]) == (0, 1, None, "endpoint")
 
 
+@pytest.mark.slow
 def test_every_kind_of_poison_costs_one_row_and_nothing_else(asked: Asked, media: Path) -> None:
     ill = {
         1: Reply(400, b'{"error": {"message": "longer than the context"}}'),

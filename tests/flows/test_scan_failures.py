@@ -71,7 +71,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, media: Path) -> dict[s
     return contents(lake)
 
 
-@pytest.mark.parametrize("table", ["clips", "score_text", "scans"])
+@pytest.mark.parametrize(
+    "table",
+    [pytest.param("clips", marks=pytest.mark.slow), pytest.param("score_text", marks=pytest.mark.slow), "scans"],
+)
 def test_driver_killed_between_data_files_and_commit(
     tmp_path: Path, media: Path, undisturbed: dict[str, str], table: str
 ) -> None:
@@ -93,6 +96,7 @@ def test_two_drivers_at_once(tmp_path: Path, media: Path, undisturbed: dict[str,
     assert contents(lake) == undisturbed
 
 
+@pytest.mark.slow
 def test_decoders_that_crash_hang_and_raise_cost_one_row_each(tmp_path: Path) -> None:
     folder = tmp_path / "media"
     folder.mkdir()

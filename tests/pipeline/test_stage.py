@@ -105,6 +105,7 @@ print(outcome.num_done, outcome.num_failed)
 """
 
 
+@pytest.mark.slow
 def test_a_stage_that_asks_for_a_gpu_gets_it(tmp_path: Path) -> None:
     """Ray only counts GPUs; none has to be there."""
     done = subprocess.run(

@@ -157,7 +157,8 @@ def _hand_on(giver: Path, taker: Path) -> None:
     shutil.copytree(giver / "checkpoints" / "step_00000015", taker / "checkpoints" / "step_00000015")
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
 def test_every_layout_takes_the_steps_of_one_worker(world: int) -> None:
     with tempfile.TemporaryDirectory() as name:  # not tmp_path, whose name may be too long for the children
         folder = Path(name)
