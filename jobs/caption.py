@@ -88,9 +88,9 @@ def caption(
     done = _done(lake, captioner_id)
     left = left_to_do(lake, stage, items, done, retry_failed=retry_failed)
     todo = left.items
-    before = pc.sum(pc.is_in(items["window_id"], done["window_id"].combine_chunks())).as_py() or 0
+    before = left.num_before
     if not len(todo):
-        recipe.failures.check("windows", len(items) - left.num_given_up, left.given_up)
+        left.check(recipe.failures, "windows")
         return CaptionReport(set_name, captioner_id, len(clips), len(items), before, 0, len(items) - before, 0.0)
     inputs = {"set": set_name, "captioner_id": captioner_id, "todo": len(todo)}
     with recorded(lake, "caption", recipe, inputs) as run, progress("caption") as advance:
@@ -100,6 +100,7 @@ def caption(
         stage = replace(stage, num_gpus=num_gpus)
         outcome = run_stage(lake, stage, todo, run.run_id, min(recipe.num_engines, most), advance)
         run.outcome |= _counts(lake, run.run_id, outcome)
+        left.check(recipe.failures, "windows", outcome)
     now = before + outcome.num_done
     return CaptionReport(
         set_name, captioner_id, len(clips), len(items), now, outcome.num_done, len(items) - now, outcome.seconds

@@ -164,11 +164,14 @@ def score(
     family: Annotated[
         str,
         typer.Argument(
-            help="caption, aesthetic, duplicate, semantic, continuity, or module:name of your own. The others are scan's."
+            help="aesthetic, motion_raft, duplicate, semantic, continuity, caption, or module:name of your own; the rest: scan"
         ),
     ],
     set_name: Annotated[
-        str | None, typer.Argument(metavar="[SET]", help="A curated set; left out, all clips.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="[SET]", help="A curated set; left out, all clips, as continuity takes them.", show_default=False
+        ),
     ] = None,
     recipe: Annotated[
         str | None,
@@ -202,8 +205,8 @@ def score(
         from jobs.score_semantic import SemanticConfig, score_semantic
         from schemas.recipe import overridden
 
-        if captioner or clip or recipe:
-            raise ConfigError("family semantic: it takes no --captioner, --clip or --for")
+        if captioner or clip or recipe or retry_failed:
+            raise ConfigError("family semantic: it takes no --captioner, --clip, --for or --retry-failed")
         options = overridden(SemanticConfig(), tuple(overrides or ()), source="score semantic")
         alike = score_semantic(_open(lake), set_name, options)
         text = f"{alike.num_clips} clips compared by model {alike.model_id}, {alike.num_without} have no embedding"
@@ -214,8 +217,8 @@ def score(
         from jobs.score_continuity import ContinuityConfig, score_continuity
         from schemas.recipe import overridden
 
-        if set_name or captioner or clip or recipe:
-            raise ConfigError("family continuity: it takes no SET, --captioner, --clip or --for")
+        if set_name or captioner or clip or recipe or retry_failed:
+            raise ConfigError("family continuity: it takes no SET, --captioner, --clip, --for or --retry-failed")
         cuts = overridden(ContinuityConfig(), tuple(overrides or ()), source="score continuity")
         joined = score_continuity(_open(lake), cuts)
         text = f"{joined.num_clips} clips by model {joined.model_id}, {joined.num_without} have no embedding to compare"
@@ -225,10 +228,11 @@ def score(
     if family == "caption":
         from jobs.score import score_captions
         from pipeline.score_captions import CaptionScoreConfig
+        from schemas.recipe import overridden
 
-        if set_name is None or recipe or overrides:
-            raise ConfigError("family caption: give the SET whose captions are scored, and neither --for nor --set")
-        config = CaptionScoreConfig(clip=clip)
+        if set_name is None or recipe:
+            raise ConfigError("family caption: give the SET whose captions are scored, and no --for")
+        config = overridden(CaptionScoreConfig(clip=clip), tuple(overrides or ()), source="score caption")
         report = score_captions(_open(lake), set_name, captioner, config, retry_failed=retry_failed)
     else:
         from jobs.curate import load_curate_recipe

@@ -37,7 +37,7 @@ from schemas.catalog import Lake
 from schemas.clips import CLIPS
 from schemas.curated import CURATED, CURATED_SETS, RECIPES
 from schemas.errors import ConfigError, SchemaError
-from schemas.recipe import short_hash
+from schemas.recipe import short_hash, validated
 from schemas.table import Table, content_sha256
 
 TAG_PREFIX = "curated/"
@@ -165,9 +165,13 @@ def set_row(lake: Lake, name: str) -> dict[str, Any]:
 
 
 def set_recipe(lake: Lake, name: str) -> CurateRecipe:
-    """The name of a set -> the recipe that made it, with the segmentation and the scorers it read."""
+    """The name of a set -> the recipe that made it, with the segmentation and the scorers it read.
+
+    Raises: ConfigError if there is no such set, or if this version knows no such rules.
+    """
     recipes = lake.read_where(RECIPES, "recipe_id", [set_row(lake, name)["recipe_id"]], ["recipe"])
-    return CurateRecipe.model_validate_json(recipes["recipe"][0].as_py())
+    values = json.loads(recipes["recipe"][0].as_py())
+    return validated(CurateRecipe, values, f"the recipe of set {name!r}, which another version made,")
 
 
 def leave_pandas_out() -> None:

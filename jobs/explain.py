@@ -69,16 +69,17 @@ class Explanation:
 
 
 def explain_clip(lake: Lake, recipe: CurateRecipe, clip: str, at: Mapping[str, int] | None = None) -> Explanation:
-    """A recipe and a clip's id, or the beginning of one -> what each rule says. `at`: snapshots by table; left out, now.
+    """A recipe and a clip's id, or the beginning of one -> what each rule says. `at`: snapshots by table of what a set was made
+    from, in which a clip without a row was rejected; left out, now.
 
     Raises: ConfigError if no clip or several begin so, or if the recipe does not say which of several scorers it means.
     """
-    at = at or {}
-    row = _find(lake, recipe, clip, at)
+    row = _find(lake, recipe, clip, at or {})
     rules = rules_of(recipe)
+    unread = {rule.family.name for rule in asked(rules)} - set(at) if at else set(empty_families(lake, rules))
     group = None
     if any(rule.keeps_one for rule in rules):
-        scored = read_scored(lake, recipe, rules, empty_families(lake, rules), at)
+        scored = read_scored(lake, recipe, rules, unread, at)
         pins = {item.table.name.removeprefix("score_"): item.pinned[1] for item in scored.inputs[1:]}
         recipe = recipe.model_copy(update={"scorers": recipe.scorers.pinned(pins)})
         group = _InGroups(rules, scored, row["clip_id"])
@@ -91,9 +92,9 @@ def explain_clip(lake: Lake, recipe: CurateRecipe, clip: str, at: Mapping[str, i
         if table is CLIPS:
             columns[SPLIT] = split_of(pa.chunked_array([[row["clip_id"]]]))
             continue
-        found = _scores(lake, recipe, table, wanted, row["clip_id"], at)
+        found = None if table.name in unread else _scores(lake, recipe, table, wanted, row["clip_id"], at or {})
         columns |= {name: pa.array([found[name] if found else None], pa.float32()) for name in wanted}
-        if found is None:
+        if found is None and (at is None or table.name in unread):
             absent[table.name] = np.ones(1, np.bool_)
             remedies.append(f"{table.name} has no row for the clip. {how_to_fill(table)} to get one.")
     clips = pa.table(columns)
@@ -115,7 +116,8 @@ class _InGroups:
 
     def __init__(self, rules: Sequence[Rule], scored: Scored, clip_id: str) -> None:
         self.rules, self.clips = rules, scored.clips
-        self.first = first_rejections(rules, scored.clips)
+        self.absent = scored.absent
+        self.first = first_rejections(rules, scored.clips, scored.absent)
         self.place = pc.index(scored.clips["clip_id"], clip_id).as_py()  # -1 for one of a kind that is not asked for
 
     def answer(self, index: int, alone: Answer) -> Answer:
@@ -125,7 +127,7 @@ class _InGroups:
         rule = self.rules[index]
         left = (self.first >= index) | (self.first == KEPT)
         left[self.place] = True  # also where another rule has rejected it
-        through = stays(rule, self.clips, left)
+        through = stays(rule, self.clips, left, self.absent)
         if through[self.place]:
             return replace(alone, verdict="passes")
         group = self.clips[rule.group_columns[0]]

@@ -1,6 +1,7 @@
 """Embeddings that scorers kept, read a batch at a time: those of a million clips do not fit into memory."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -13,13 +14,26 @@ from schemas.embeddings import EMBEDDINGS
 from schemas.errors import ConfigError
 
 
-def kept_frames(lake: Lake, clips: pa.Table, model: str | None) -> tuple[str, int, pa.Table]:
-    """Clips, and a `model_id` unless there is only one -> the model, the length of its vectors, and `clip_id` and `frame_ms`
-    of the frames of these clips that have one.
+@dataclass(frozen=True)
+class Kept:
+    """Where embeddings of some clips stand: the model, the length of its vectors, the snapshot that is read, and `clip_id` and
+    `frame_ms` of the frames that have one.
+    """
+
+    model_id: str
+    dim: int
+    snapshot_id: int | None
+    frames: pa.Table
+
+
+def kept_frames(lake: Lake, clips: pa.Table, model: str | None) -> Kept:
+    """Clips, and a `model_id` unless there is only one -> what of them has an embedding. Others may be added meanwhile: who
+    reads the vectors reads the same snapshot.
 
     Raises: ConfigError if no clip has an embedding, or if they are of several models and none is named.
     """
-    rows = lake.read(EMBEDDINGS, ["clip_id", "frame_ms", "model_id", "dim"])
+    snapshot_id = lake.snapshot_id(EMBEDDINGS)
+    rows = lake.read(EMBEDDINGS, ["clip_id", "frame_ms", "model_id", "dim"], at=snapshot_id)
     rows = rows.filter(pc.is_in(rows["clip_id"], value_set=clips["clip_id"].combine_chunks()))
     models = sorted(pc.unique(rows["model_id"]).to_pylist())
     if not models:
@@ -33,19 +47,21 @@ def kept_frames(lake: Lake, clips: pa.Table, model: str | None) -> tuple[str, in
     if model_id not in models:
         raise ConfigError(f"no clip has an embedding of model {model_id!r}; there are those of {models}")
     mine = rows.filter(pc.equal(rows["model_id"], model_id))
-    return model_id, mine["dim"][0].as_py(), mine.select(["clip_id", "frame_ms"])
+    return Kept(model_id, mine["dim"][0].as_py(), snapshot_id, mine.select(["clip_id", "frame_ms"]))
 
 
 def kept_vectors(
-    lake: Lake, model_id: str, places: Mapping[str, int]
+    lake: Lake, kept: Kept, places: Mapping[str, int]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]]:
-    """A model, and places by clip -> places, moments of frames in milliseconds, and their vectors on the grid [frames, dim],
-    in no order to rely on.
+    """What was kept, and places by clip -> places, moments of frames in milliseconds, and their vectors on the grid
+    [frames, dim], in no order to rely on.
     """
     columns = ["clip_id", "frame_ms", "model_id", "embedding"]
-    for batch in lake.iter_batches(EMBEDDINGS, columns, batch_rows=BLOCK_CLIPS):
+    for batch in lake.iter_batches(EMBEDDINGS, columns, at=kept.snapshot_id, batch_rows=BLOCK_CLIPS):
         found = np.array([places.get(clip, -1) for clip in batch["clip_id"].to_pylist()], np.int64)
-        wanted = np.flatnonzero((found >= 0) & pc.equal(batch["model_id"], model_id).to_numpy(zero_copy_only=False))
+        wanted = np.flatnonzero(
+            (found >= 0) & pc.equal(batch["model_id"], kept.model_id).to_numpy(zero_copy_only=False)
+        )
         if len(wanted):
             vectors = b"".join(batch["embedding"].take(pa.array(wanted)).to_pylist())
             stored = np.frombuffer(vectors, "<f2").reshape(len(wanted), -1)

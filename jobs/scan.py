@@ -13,6 +13,7 @@ from jobs.cluster import ensure_ray, num_cpus
 from jobs.progress import progress
 from jobs.run import recorded
 from pipeline.decode import check_decoder
+from pipeline.rules import float32
 from pipeline.sandbox import Sandbox
 from pipeline.scan_medium import ScanConfig, scan_medium
 from pipeline.stage import Rows, Stage, StageOutcome, left_to_do, run_stage
@@ -47,7 +48,11 @@ class ScanWorker:
     def process(self, item: Mapping[str, Any]) -> Rows:
         """One medium -> rows of `clips`, every score family and `scans`."""
         path = _same_bytes(item)
-        result = self.sandbox.run(scan_medium, path, item["media_id"], item["kind"], self.config, item["left_out"])
+        left_out = item["left_out"]
+        result = self.sandbox.run(scan_medium, path, item["media_id"], item["kind"], self.config, left_out or ())
+        if left_out is None:
+            said = f"{path.name} can be read now, and was not cut before: `outback scan` without segmentation.joined, and score"
+            raise RowError("NotCut", f"{said} continuity, before scenes of it are joined", terminal=False)
         return {CLIPS.name: result.clips, **result.scores, SCANS.name: [result.scan]}
 
 
@@ -78,7 +83,7 @@ def scan(lake: Lake, config: ScanConfig, *, retry_failed: bool = False) -> ScanR
     done = done.filter(pc.equal(done["scan_id"], config.scan_id))
     left = left_to_do(lake, stage, media, done, retry_failed=retry_failed)
     if not len(left.items):
-        config.failures.check("media", len(media) - left.num_given_up, left.given_up)
+        left.check(config.failures, "media")
         return ScanReport(config.scan_id, len(media), left.num_given_up, None)
     todo = _with_places(lake, left.items)
     todo = todo.append_column("left_out", _left_out(lake, config, todo))
@@ -88,13 +93,17 @@ def scan(lake: Lake, config: ScanConfig, *, retry_failed: bool = False) -> ScanR
         outcome = run_stage(lake, stage, todo, run.run_id, num_cpus(), advance)
         run.outcome |= {"done": outcome.num_done, "failed": outcome.num_failed, "rows": dict(outcome.rows_added)}
         run.outcome["failed_by_reason"] = dict(outcome.failed_by_reason)
+        left.check(config.failures, "media", outcome)
     return ScanReport(config.scan_id, len(media), left.num_given_up, outcome)
 
 
 def _left_out(lake: Lake, config: ScanConfig, todo: pa.Table) -> pa.Array:
-    """Media -> of each the first frames of clips that are joined to the ones before them, none unless the recipe asks."""
+    """Media -> of each the first frames of clips that are joined to the ones before them, none unless the recipe asks; null for
+    a video that could not be cut.
+    """
     joined = config.segmentation.joined
     frames: dict[str, list[int]] = {medium: [] for medium in todo["media_id"].to_pylist()}
+    uncut: set[str] = set()
     if joined is not None:
         apart = config.segmentation.model_copy(update={"joined": None}).segmentation_id
         clips = lake.read_where(CLIPS, "segmentation_id", [apart], ["clip_id", "media_id", "kind", "start_frame"])
@@ -108,16 +117,19 @@ def _left_out(lake: Lake, config: ScanConfig, todo: pa.Table) -> pa.Array:
         found = clips.join(scores, "clip_id", join_type="left outer")
         failed = lake.read_where(ATTEMPTS, "stage", ["scan"], ["item_id"])["item_id"].to_pylist()
         videos = set(todo.filter(pc.equal(todo["kind"], "video"))["media_id"].to_pylist())
-        uncut = videos - set(clips["media_id"].to_pylist()) - set(failed)
-        if uncut or found["continuity"].null_count:
+        uncut = videos - set(clips["media_id"].to_pylist())
+        num_uncut = len(uncut - set(failed))
+        if num_uncut or found["continuity"].null_count:
             raise ConfigError(
                 f"segmentation.joined.scorer={joined.scorer} has no row for {found['continuity'].null_count} of {len(found)} "
-                f"clips, and {len(uncut)} videos were not cut yet. Run `outback scan` without segmentation.joined, `outback "
+                f"clips, and {num_uncut} videos were not cut yet. Run `outback scan` without segmentation.joined, `outback "
                 f"score aesthetic`, and `outback score continuity --set segmentation={apart}` first"
             )
-        for row in found.filter(pc.greater_equal(found["continuity"], joined.low)).to_pylist():
+        for row in found.filter(pc.greater_equal(found["continuity"], float32(joined.low))).to_pylist():
             frames[row["media_id"]].append(row["start_frame"])
-    return pa.array([sorted(found) for found in frames.values()], pa.list_(pa.int64()))
+    return pa.array(
+        [None if medium in uncut else sorted(found) for medium, found in frames.items()], pa.list_(pa.int64())
+    )
 
 
 def _with_places(lake: Lake, todo: pa.Table) -> pa.Table:

@@ -58,13 +58,14 @@ def score_captions(
     done = lake.read_where(CAPTION_SCORES, "scorer_id", [scorer_id], ["clip_id"])
     left = left_to_do(lake, stage, items, done, retry_failed=retry_failed)
     if not len(left.items):
-        config.failures.check("clips", len(items) - left.num_given_up, left.given_up)
+        left.check(config.failures, "clips")
         return ScoreReport(scorer_id, len(items), left.num_given_up, None)
     inputs = {"set": set_name, "scorer_id": scorer_id, "captioner_id": captioner_id, "todo": len(left.items)}
     with recorded(lake, "score", config, inputs) as run, progress("score caption") as advance:
         ensure_ray()
         outcome = run_stage(lake, stage, left.items, run.run_id, num_cpus(), advance)
         run.outcome |= {"done": outcome.num_done, "failed": outcome.num_failed}
+        left.check(config.failures, "clips", outcome)
     return ScoreReport(scorer_id, len(items), left.num_given_up, outcome)
 
 

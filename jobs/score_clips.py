@@ -80,7 +80,7 @@ def score_clips(
     done = lake.read_where(table, "scorer_id", [identity], ["clip_id"])
     left = left_to_do(lake, stage, clips, done, retry_failed=retry_failed)
     if not len(left.items):
-        config.failures.check("clips", len(clips) - left.num_given_up, left.given_up)
+        left.check(config.failures, "clips")
         return ScoreReport(identity, len(clips), left.num_given_up, None)
     inputs = {"family": family, "set": set_name, "scorer_id": identity, "todo": len(left.items)}
     with (
@@ -90,6 +90,7 @@ def score_clips(
         ensure_ray()
         outcome = run_stage(lake, stage, with_places(lake, left.items), run.run_id, num_cpus(), advance)
         run.outcome |= {"done": outcome.num_done, "failed": outcome.num_failed}
+        left.check(config.failures, "clips", outcome)
     return ScoreReport(identity, len(clips), left.num_given_up, outcome)
 
 

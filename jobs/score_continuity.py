@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from jobs.kept_embeddings import kept_frames, kept_vectors
+from jobs.kept_embeddings import Kept, kept_frames, kept_vectors
 from jobs.run import recorded
 from pipeline.find_similar import BLOCK_CLIPS, GRID
 from schemas.catalog import Lake
@@ -55,14 +55,16 @@ def continuity_scorer_id(model_id: str, segmentation_id: str) -> str:
 
 
 def score_continuity(lake: Lake, config: ContinuityConfig) -> ContinuityReport:
-    """Compare each clip of a video with the clip before it, where both have embeddings.
+    """Compare each clip of a video with the clip before it, where both have embeddings. What was compared is not compared
+    again when more frames of a clip have one.
 
     Raises: ConfigError if no clip has an embedding, or if there are several models or segmentations and none is named.
     """
     clips, segmentation_id = _clips(lake, config)
-    model_id, dim, frames = kept_frames(lake, clips, config.model)
+    kept = kept_frames(lake, clips, config.model)
+    model_id = kept.model_id
     scorer_id = continuity_scorer_id(model_id, segmentation_id)
-    has_one = pc.is_in(clips["clip_id"], value_set=pc.unique(frames["clip_id"])).to_numpy()
+    has_one = pc.is_in(clips["clip_id"], value_set=pc.unique(kept.frames["clip_id"])).to_numpy()
     media = clips["media_id"].combine_chunks()
     follows = np.r_[False, pc.equal(media[1:], media[:-1]).to_numpy(zero_copy_only=False)]
     scored = has_one & (~follows | np.r_[False, has_one[:-1]])
@@ -74,7 +76,7 @@ def score_continuity(lake: Lake, config: ContinuityConfig) -> ContinuityReport:
         with recorded(lake, "score", config, inputs) as run, tempfile.TemporaryDirectory() as folder:
             later = np.flatnonzero(left & follows)
             cosines = np.full(len(clips), -1, np.float32)
-            cosines[later] = _cosines(lake, model_id, clips, frames, dim, later, Path(folder))
+            cosines[later] = _cosines(lake, kept, clips, later, Path(folder))
             before = pa.array(np.arange(len(clips)) - 1, mask=~follows)
             rows = pa.table(
                 {
@@ -105,17 +107,15 @@ def _clips(lake: Lake, config: ContinuityConfig) -> tuple[pa.Table, str]:
     return clips.sort_by([("media_id", "ascending"), ("start_frame", "ascending")]), segmentation_id
 
 
-def _cosines(
-    lake: Lake, model_id: str, clips: pa.Table, frames: pa.Table, dim: int, later: NDArray[np.int64], folder: Path
-) -> NDArray[np.float32]:
+def _cosines(lake: Lake, kept: Kept, clips: pa.Table, later: NDArray[np.int64], folder: Path) -> NDArray[np.float32]:
     """Places of clips, each of which follows the clip in the place before -> how like the nearest frames are. Vectors lie in
     a file, in order of clips and moments.
     """
     ids = clips["clip_id"].to_pylist()
-    place = pc.index_in(frames["clip_id"], value_set=clips["clip_id"].combine_chunks()).to_numpy().astype(np.int64)
-    keys = np.sort((place << MS_BITS) | frames["frame_ms"].to_numpy())
-    vectors = np.memmap(folder / "vectors", np.float16, "w+", shape=(len(keys), dim))
-    for found, frame_ms, stored in kept_vectors(lake, model_id, {clip: index for index, clip in enumerate(ids)}):
+    place = pc.index_in(kept.frames["clip_id"], value_set=clips["clip_id"].combine_chunks()).to_numpy().astype(np.int64)
+    keys = np.sort((place << MS_BITS) | kept.frames["frame_ms"].to_numpy())
+    vectors = np.memmap(folder / "vectors", np.float16, "w+", shape=(len(keys), kept.dim))
+    for found, frame_ms, stored in kept_vectors(lake, kept, {clip: index for index, clip in enumerate(ids)}):
         vectors[np.searchsorted(keys, (found << MS_BITS) | frame_ms)] = stored
     edges = np.searchsorted(keys, np.arange(len(ids) + 1) << MS_BITS)
     best = np.full(len(later), -1, np.float32)

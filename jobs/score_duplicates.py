@@ -57,6 +57,8 @@ def score_duplicates(
     )
     done = lake.read_where(FINGERPRINTS, "fingerprint_id", [fingerprint_id()], ["clip_id"])
     left = left_to_do(lake, stage, members, done, retry_failed=retry_failed)
+    if not len(left.items):
+        left.check(config.failures, "clips")
     if not len(left.items) and (known := _known(lake, members)) is not None:
         return DuplicateReport(*known, left.num_given_up, None, 0)
     inputs = {"set": set_name, "fingerprint_id": fingerprint_id(), "todo": len(left.items)}
@@ -66,6 +68,7 @@ def score_duplicates(
             ensure_ray()
             outcome = run_stage(lake, stage, with_places(lake, left.items), run.run_id, num_cpus(), advance)
             run.outcome |= {"done": outcome.num_done, "failed": outcome.num_failed}
+            left.check(config.failures, "clips", outcome)
         clips = _fingerprinted(lake, members)
         scorer_id = _scorer_id(clips)
         num_new = lake.append(DUPLICATE, _scored(clips, scorer_id), run.run_id) if len(clips) else 0

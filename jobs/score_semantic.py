@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from jobs.compared_clips import by_quality, compared_clips, compared_columns, compared_sha256, is_image
-from jobs.kept_embeddings import kept_frames, kept_vectors
+from jobs.kept_embeddings import Kept, kept_frames, kept_vectors
 from jobs.progress import progress
 from jobs.run import recorded
 from pipeline.find_similar import BLOCK_CLIPS, VERSION, find_similar, unit_vectors
@@ -51,8 +51,9 @@ def score_semantic(lake: Lake, set_name: str | None, config: SemanticConfig) -> 
         named and the clips were cut in several ways.
     """
     members = compared_clips(lake, set_name)
-    model_id, dim, frames = kept_frames(lake, members, config.model)
-    counts = frames.group_by("clip_id").aggregate([([], "count_all")]).rename_columns(["clip_id", "num_frames"])
+    kept = kept_frames(lake, members, config.model)
+    model_id = kept.model_id
+    counts = kept.frames.group_by("clip_id").aggregate([([], "count_all")]).rename_columns(["clip_id", "num_frames"])
     clips = members.select(["clip_id", "media_id", "kind"]).join(counts, "clip_id", join_type="inner")
     prints = lake.read_where(FINGERPRINTS, "fingerprint_id", [fingerprint_id()], ["clip_id", "sharpness"])
     clips = by_quality(lake, clips.join(prints, "clip_id", join_type="left outer"))
@@ -68,7 +69,7 @@ def score_semantic(lake: Lake, set_name: str | None, config: SemanticConfig) -> 
         tempfile.TemporaryDirectory() as folder,
         progress("score semantic") as advance,
     ):
-        vectors = _vectors(lake, model_id, clips, dim, Path(folder))
+        vectors = _vectors(lake, kept, clips, Path(folder))
         found = find_similar(vectors, is_image(clips).to_numpy(), lambda done, all_: advance(done, all_, ""))
         scores = {"semantic": pa.array(found.cosine), **compared_columns(clips, scorer_id, found.place)}
         num_new = lake.append(SEMANTIC, pa.table(scores), run.run_id)
@@ -76,12 +77,12 @@ def score_semantic(lake: Lake, set_name: str | None, config: SemanticConfig) -> 
     return SemanticReport(scorer_id, model_id, len(clips), num_without, num_new)
 
 
-def _vectors(lake: Lake, model_id: str, clips: pa.Table, dim: int, folder: Path) -> NDArray[np.float16]:
+def _vectors(lake: Lake, kept: Kept, clips: pa.Table, folder: Path) -> NDArray[np.float16]:
     """Unit vectors [clips, dim] of the mean embedding of each clip, in their order, in a file of the folder."""
-    shape = (len(clips), dim)
+    shape = (len(clips), kept.dim)
     places = {clip: place for place, clip in enumerate(clips["clip_id"].to_pylist())}
     sums = np.memmap(folder / "sums", np.float32, "w+", shape=shape)
-    for found, _, vectors_of in kept_vectors(lake, model_id, places):
+    for found, _, vectors_of in kept_vectors(lake, kept, places):
         np.add.at(sums, found, vectors_of)  # exact, so in any order
     vectors = np.memmap(folder / "vectors", np.float16, "w+", shape=shape)
     for start in range(0, len(clips), BLOCK_CLIPS):

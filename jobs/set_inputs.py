@@ -161,11 +161,14 @@ class _Reader:
         self.at = at
         self.known: list[_Ids] = []
         self.decoded: dict[bytes, pa.ChunkedArray] = {}
+        self.asked: pa.ChunkedArray | None = None  # clips of the kinds that the recipe takes, when they are read
         self.beside = ThreadPoolExecutor(1)
 
     def clips(self) -> Input:
         """The clips of the segmentation that the recipe names, or of the only one there is."""
-        return self._input(CLIPS, ["kind"], self.recipe.segmentation_id, "segmentation_id")
+        clips = self._input(CLIPS, ["kind"], self.recipe.segmentation_id, "segmentation_id")
+        self.asked = clips.ids.found.filter(pa.array(is_one_of(self.recipe.kinds, clips.rows["kind"])))
+        return clips
 
     def scores(self, table: Table, columns: list[str]) -> Input:
         """Columns of a family by the scorer that the recipe names, or by the one that is taken where it names none."""
@@ -194,6 +197,10 @@ class _Reader:
         if wanted is None:
             if table.name in COMPARING and counts:
                 counts = self._widest(table, rows, snapshot_id)
+                if not counts:
+                    raise ConfigError(
+                        f"no scorer of {table.name} compared these clips: {listed}. {how_to_fill(table)} again"
+                    )
             if len(counts) != 1:
                 raise ConfigError(f"{table.name} holds several: {listed}. Choose one with --set {option}=...")
             (wanted,) = counts
@@ -204,10 +211,13 @@ class _Reader:
         return Input(table, (option, wanted), ids, rest, self.beside.submit(_sha256, ids, rest), uuid, snapshot_id)
 
     def _widest(self, table: Table, rows: pa.Table, snapshot_id: int) -> dict[str, int]:
-        """The scorer that compared most of the clips; of equals the one whose last row is the newest."""
+        """The scorer that compared most of the clips of the kinds asked for, none if none did; of equals the one whose last row
+        is the newest.
+        """
         by = table.key[1]
         if len(pc.unique(rows[by])) > 1:
-            rows = rows.filter(pc.is_in(rows["clip_id"], value_set=self.known[0].found.combine_chunks()))
+            assert self.asked is not None  # clips are read first
+            rows = rows.filter(pc.is_in(rows["clip_id"], value_set=self.asked.combine_chunks()))
         counts = {item["values"]: item["counts"] for item in pc.value_counts(rows[by]).to_pylist()}
         most = max(counts.values(), default=0)
         widest = [scorer for scorer, count in counts.items() if count == most]

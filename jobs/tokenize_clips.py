@@ -92,7 +92,7 @@ def tokenize(
     left = left_to_do(lake, stage, clips, done, retry_failed=retry_failed)
     todo = left.items
     if not len(todo):
-        recipe.failures.check("clips", len(clips) - left.num_given_up, left.given_up)
+        left.check(recipe.failures, "clips")
         return TokenizeReport(tokenizer_id, len(clips), left.num_given_up, None)
     inputs = {"set": set_name, "checkpoint": weights["checkpoint_id"], "tokenizer_id": tokenizer_id, "todo": len(todo)}
     with recorded(lake, "tokenize", recipe, inputs) as run, progress("tokenize") as advance:
@@ -106,4 +106,5 @@ def tokenize(
         ensure_ray()
         outcome = run_stage(lake, stage, todo, run.run_id, num_cpus(), advance)
         run.outcome |= {"done": outcome.num_done, "failed": outcome.num_failed}
+        left.check(recipe.failures, "clips", outcome)
     return TokenizeReport(tokenizer_id, len(clips), left.num_given_up, outcome)

@@ -82,15 +82,26 @@ class StageOutcome:
 
 @dataclass(frozen=True)
 class ToDo:
-    """Items to process, each with the number of its next attempt, and by reason those left alone because they failed."""
+    """Items to process, each with the number of its next attempt, by reason those left alone because they failed, and how
+    many were done before.
+    """
 
     items: pa.Table
     given_up: Mapping[str, int]
+    num_before: int
 
     @property
     def num_given_up(self) -> int:
         """Items that are left alone."""
         return sum(self.given_up.values())
+
+    def check(self, bound: FailureBound, what: str, outcome: StageOutcome | None = None) -> None:
+        """Raises: FailureRateError if of all items, those done or given up before and those of `outcome`, too many failed."""
+        failed, num_done = Counter(self.given_up), self.num_before
+        if outcome is not None:
+            failed.update(outcome.failed_by_reason)
+            num_done += outcome.num_done
+        bound.check(what, num_done, failed)
 
 
 def left_to_do(lake: Lake, stage: Stage, items: pa.Table, done: pa.Table, *, retry_failed: bool = False) -> ToDo:
@@ -113,7 +124,7 @@ def left_to_do(lake: Lake, stage: Stage, items: pa.Table, done: pa.Table, *, ret
     ids = todo[key].to_pylist()
     todo = todo.append_column("attempt", pa.array([last.get(item, 0) + 1 for item in ids], pa.int32()))
     left = todo.filter(pa.array([item not in given_up for item in ids], pa.bool_())).sort_by(key)
-    return ToDo(left, Counter(given_up[item] for item in ids if item in given_up))
+    return ToDo(left, Counter(given_up[item] for item in ids if item in given_up), len(items) - len(ids))
 
 
 def run_stage(

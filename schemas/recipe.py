@@ -66,10 +66,11 @@ def parse_recipe(model: type[C], text: str, source: str, overrides: Sequence[str
         raise ConfigError(f"recipe {source} is not valid TOML: {error}") from error
     for override in overrides:
         _apply_override(values, override)
-    return _validated(model, values, f"recipe {source}")
+    return validated(model, values, f"recipe {source}")
 
 
-def _validated(model: type[C], values: Mapping[str, Any], source: str) -> C:
+def validated(model: type[C], values: Mapping[str, Any], source: str) -> C:
+    """Raw values -> options. `source` names them in errors. Raises: ConfigError if they do not validate."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -84,7 +85,7 @@ def overridden(config: C, overrides: Sequence[str], source: str) -> C:
     values = config.model_dump()
     for override in overrides:
         _apply_override(values, override)
-    return _validated(type(config), values, source)
+    return validated(type(config), values, source)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

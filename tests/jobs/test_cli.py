@@ -21,6 +21,18 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     ("arguments", "code", "said"),
     [
         (["show", "tables", "--lake", "{folder}/nothing"], 2, "there is no lake"),
+        (
+            ["score", "caption", "x", "--set", "failures.max_ratio=2", "--lake", "{folder}/lake"],
+            2,
+            "score caption is wrong",
+        ),
+        (
+            ["score", "caption", "x", "--set", "failures.max_ratio=1", "--lake", "{folder}/lake"],
+            2,
+            "no curated set 'x'",
+        ),
+        (["score", "semantic", "--retry-failed", "--lake", "{folder}/lake"], 2, "takes no --captioner"),
+        (["score", "continuity", "--retry-failed", "--lake", "{folder}/lake"], 2, "takes no SET"),
         (["show", "tables", "--lake", ""], 2, "empty name"),
         (["show", "tables", "--lake", "{folder}/broken"], 2, "no catalog of a lake"),
         (["ingest", "{folder}", "--lake", "{folder}/file"], 1, "File exists"),

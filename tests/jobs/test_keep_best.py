@@ -1,5 +1,6 @@
 """Duplicates in recipes: curate, funnel and explain name the same survivor of each group, and a later scorer is taken."""
 
+import json
 import random
 from pathlib import Path
 
@@ -7,10 +8,14 @@ import pytest
 
 from jobs.curate import curate, explain_clips, read_set, undecided_clips
 from jobs.explain import explain_clip, explain_in_set
-from pipeline.rules import Bounds, CurateRecipe, Likeness, ScorerPins
+from jobs.score_duplicates import score_duplicates
+from pipeline.fingerprint_clips import FingerprintConfig
+from pipeline.rules import Bounds, CurateRecipe, Interval, Likeness, ScorerPins
+from pipeline.stage import ToDo
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
-from schemas.errors import ConfigError
+from schemas.curated import CURATED_SETS, RECIPES
+from schemas.errors import ConfigError, FailureRateError
 from schemas.identity import clip_id
 from schemas.scores import AESTHETIC, DUPLICATE, RESOLUTION, SEMANTIC
 
@@ -182,3 +187,79 @@ def test_scores_of_an_earlier_version_are_made_anew(tmp_path: Path) -> None:
         curate(lake, RECIPE, "x")
     compare(lake, [(0, -1)], "new")
     assert curate(lake, RECIPE, "x").num_clips == 1
+
+
+def test_clips_of_other_kinds_do_not_speak_for_a_scorer(tmp_path: Path) -> None:
+    lake = Lake(tmp_path / "lake")
+    put(lake, [720, 720, 720])
+    same = {"segmentation_id": "s", "kind": "video", "start_ms": 0, "end_ms": 9, "start_frame": 0, "end_frame": 1}
+    videos = [clip_id(f"{9 + n:016x}", 0, 9) for n in range(2)]
+    lake.append(CLIPS, [{"clip_id": clip, "media_id": clip[:16], **same} for clip in videos], "r")
+    compare(lake, [(0, -1), (0, -1), (0, -1)], "of images")
+    rows = [{"clip_id": clip, "exact": 0.0, "near": 0.0, "rank": n} for n, clip in enumerate(videos)]
+    lake.append(DUPLICATE, [row | {"scorer_id": "of videos"} for row in rows], "r")
+    result = curate(lake, CurateRecipe(kinds=("video",), duplicate=Likeness(high=0.9)), None, dry_run=True)
+    assert (result.recipe.scorers.duplicate, result.num_clips) == ("of videos", 2)
+
+
+def test_scorers_that_compared_other_clips_are_no_choice(tmp_path: Path) -> None:
+    lake = Lake(tmp_path / "lake")
+    put(lake, [720])
+    for scorer in ("one", "two"):
+        row = {"clip_id": f"other {scorer}", "scorer_id": scorer, "exact": 0.0, "near": 0.0, "rank": 0}
+        lake.append(DUPLICATE, [row], "r")
+    with pytest.raises(
+        ConfigError, match=r"no scorer of score_duplicate compared these clips: one .*two .*outback score"
+    ):
+        curate(lake, RECIPE, None, dry_run=True)
+
+
+def test_a_family_without_rows_leaves_groups_as_they_are(tmp_path: Path) -> None:
+    lake = Lake(tmp_path / "lake")
+    put(lake, [720, 720])
+    compare(lake, [(0, -1), (1.0, 0)])
+    told = explain_clip(lake, RECIPE.model_copy(update={"aesthetic": Bounds(low=5)}), name(1))
+    verdicts = {answer.rule: (answer.verdict, answer.stays) for answer in told.answers}
+    assert verdicts == {"resolution": ("passes", None), "aesthetic": ("open", None), "duplicate": ("rejects", name(0))}
+
+
+def test_a_set_is_explained_by_what_it_was_made_from(tmp_path: Path) -> None:
+    """Of a clip without a row the set says that it was rejected, and what came later it does not know."""
+    lake = Lake(tmp_path / "lake")
+    put(lake, [720, 720, 100])
+    compare(lake, [(0, -1), (0, -1)])
+    recipe = RECIPE.model_copy(
+        update={"coverage": 0.5, "resolution": Bounds(low=512, rescue={"aesthetic": Interval(low=5)})}
+    )
+    curate(lake, recipe.model_copy(update={"resolution": Bounds(low=50, rescue=recipe.resolution.rescue)}), "x")
+    said = explain_in_set(lake, "x", name(2))
+    assert (said.verdict, said.rule) == ("rejected", "duplicate")
+    for scorer in ("one", "two"):
+        rows = [{"clip_id": name(n), "scorer_id": scorer, "aesthetic": 9.0, "num_samples": 1} for n in range(3)]
+        lake.append(AESTHETIC, rows, "r")
+    assert explain_in_set(lake, "x", name(2)) == said
+    assert explain_in_set(lake, "x", name(0)).verdict == "kept"
+
+
+def test_a_set_with_rules_of_another_version_is_named(tmp_path: Path) -> None:
+    lake = Lake(tmp_path / "lake")
+    put(lake, [720])
+    curate(lake, CurateRecipe(resolution=Bounds(low=512)), "x")
+    made = lake.read(RECIPES).to_pylist()[0]
+    values = {**json.loads(made["recipe"]), "duplicate": {"low": None, "high": 0.9}}
+    lake.append(RECIPES, [{**made, "recipe_id": "old", "recipe": json.dumps(values)}], "r")
+    row = lake.read(CURATED_SETS).to_pylist()[0]
+    lake.append(CURATED_SETS, [{**row, "name": "old", "recipe_id": "old", "curated_id": "old"}], "r")
+    with pytest.raises(
+        ConfigError, match=r"the recipe of set 'old', which another version made, is wrong:\n  duplicate.low"
+    ):
+        explain_in_set(lake, "old", name(0))
+
+
+def test_a_job_of_which_all_failed_before_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake = Lake(tmp_path / "lake")
+    put(lake, [720, 720, 720])
+    left = ToDo(lake.read(CLIPS).slice(0, 0), {"Moved": 3}, num_before=0)
+    monkeypatch.setattr("jobs.score_duplicates.left_to_do", lambda *_, **__: left)
+    with pytest.raises(FailureRateError, match="3 of 3 clips failed"):
+        score_duplicates(lake, None, FingerprintConfig())

@@ -1,6 +1,8 @@
 """Scenes cut in two: across a flash one goes on, across a true cut none does. A scan that joins leaves clips as they were."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -8,7 +10,7 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
-from jobs.scan import _left_out
+from jobs.scan import ScanWorker, _left_out
 from jobs.score_continuity import ContinuityConfig, score_continuity
 from pipeline.detect_scenes import Joined, SegmentationConfig
 from pipeline.read_frames import moments, read_frames
@@ -16,7 +18,8 @@ from pipeline.scan_medium import ScanConfig, scan_medium
 from schemas.catalog import Lake
 from schemas.clips import CLIPS
 from schemas.embeddings import EMBEDDINGS
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, RowError
+from schemas.runs import ATTEMPTS
 from schemas.scores import CONTINUITY
 from tests.jobs.test_score_semantic import embed
 from tests.pipeline.made_media import Image, write_video
@@ -147,3 +150,44 @@ def test_clips_beside_one_without_embedding_wait(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"1 videos were not cut yet"):
         _left_out(lake, config, todo("f" * 16))
     assert score_continuity(lake, ContinuityConfig()).num_new == 0
+
+
+def test_a_score_at_the_bound_is_joined(tmp_path: Path) -> None:
+    lake = Lake(tmp_path / "lake")
+    scores = zip(cut_in_three(lake), (-1.0, 0.9, 0.8999), strict=True)
+    lake.append(CONTINUITY, [{"clip_id": clip, "scorer_id": "c", "continuity": found} for clip, found in scores], "r")
+    config = ScanConfig(segmentation=SegmentationConfig(joined=Joined(scorer="c", low=0.9)))
+    assert _left_out(lake, config, todo()).to_pylist() == [[9]]
+
+
+def test_a_video_that_can_be_read_again_is_not_joined_uncut(film: Path, tmp_path: Path) -> None:
+    lake = Lake(tmp_path / "lake")
+    config = ScanConfig(families=(), segmentation=SegmentationConfig(joined=Joined(scorer="c", low=0.9)))
+    row = {"stage": "scan", "stage_id": "s", "item_id": MEDIUM, "uri": None, "attempt": 1, "error_class": "Moved"}
+    row |= {"message": "", "terminal": False, "host": "h"}
+    lake.append(ATTEMPTS, [row], "r")
+    assert _left_out(lake, config, todo()).to_pylist() == [None]
+    item = {"media_id": MEDIUM, "uris": [str(film)], "num_bytes": film.stat().st_size, "kind": "video"}
+    with pytest.raises(RowError, match=r"^NotCut: .*without segmentation.joined"):
+        ScanWorker(config).process({**item, "left_out": None})
+
+
+def test_embeddings_that_are_added_meanwhile_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake, rng = Lake(tmp_path / "lake"), np.random.default_rng(3)
+    clips = cut_in_three(lake)
+    frames = rng.normal(size=(3, 2, 32))
+    for clip, found in zip(clips, frames, strict=True):
+        embed(lake, clip, found[:1])
+    read = Lake.iter_batches
+
+    def read_later(self: Lake, *arguments: Any, **options: Any) -> Iterator[pa.RecordBatch]:
+        for clip, found in zip(clips, frames, strict=True):
+            row = {"clip_id": clip, "frame_ms": 5, "model_id": "m", "dim": 32}
+            lake.append(EMBEDDINGS, [row | {"embedding": found[1].astype("<f2").tobytes()}], "r")
+        return read(self, *arguments, **options)
+
+    monkeypatch.setattr(Lake, "iter_batches", read_later)
+    score_continuity(lake, ContinuityConfig())
+    found = lake.read(CONTINUITY).sort_by("clip_id")["continuity"].to_pylist()
+    units = frames[:, 0] / np.linalg.norm(frames[:, 0], axis=1, keepdims=True)
+    np.testing.assert_allclose(found, [-1, units[0] @ units[1], units[1] @ units[2]], atol=2e-3)

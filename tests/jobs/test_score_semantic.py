@@ -1,9 +1,12 @@
 """Semantic duplicates from kept embeddings: planted groups through the lake and a recipe, and what is said without them."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
@@ -137,3 +140,19 @@ def test_what_is_missing_is_said_and_no_score_is_made(
         score_semantic(lake, None, SemanticConfig(model="three"))
     assert not call(monkeypatch, "score", "semantic", "--set", "model=two", "--lake", str(lake.folder), "--json")
     assert json.loads(capsys.readouterr().out)["model_id"] == "two"
+
+
+def test_embeddings_that_are_added_meanwhile_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake, frames = Lake(tmp_path / "lake"), np.eye(DIM)
+    for number in range(2):
+        embed(lake, put(lake, number, 100), frames[:1])
+    read = Lake.iter_batches
+
+    def read_later(self: Lake, *arguments: Any, **options: Any) -> Iterator[pa.RecordBatch]:
+        row = {"clip_id": clip_id(f"{0:016x}", 0, 9), "frame_ms": 5, "model_id": "m", "dim": DIM}
+        lake.append(EMBEDDINGS, [row | {"embedding": frames[1].astype("<f2").tobytes()}], "r")
+        return read(self, *arguments, **options)
+
+    monkeypatch.setattr(Lake, "iter_batches", read_later)
+    score_semantic(lake, None, ANY)
+    assert sorted(lake.read(SEMANTIC)["semantic"].to_pylist()) == [-1, 1]

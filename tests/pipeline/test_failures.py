@@ -2,9 +2,11 @@
 
 import pickle
 
+import pyarrow as pa
 import pytest
 
 from pipeline.failures import FailureBound
+from pipeline.stage import StageOutcome, ToDo
 from schemas.errors import FailureRateError
 
 BOUND = FailureBound(max_ratio=0.25, min_failed=3)
@@ -56,3 +58,12 @@ def test_just_the_share_that_is_allowed_is_within_the_bound_whatever_its_digits(
 
 def test_a_bound_of_one_never_fails_a_job() -> None:
     FailureBound(max_ratio=1.0, min_failed=1).check("media", 0, {"Corrupt": 1000})
+
+
+def test_what_failed_before_counts_when_more_is_done() -> None:
+    """Else a job would look clean after one item more, and failed again when nothing is left."""
+    left = ToDo(pa.table({"item": ["new"]}), {"Corrupt": 4}, num_before=1)
+    for outcome in (None, StageOutcome(1, 0, {}, {}, 0.0), StageOutcome(0, 1, {"Corrupt": 1}, {}, 0.0)):
+        with pytest.raises(FailureRateError, match=r"[45] of [56] media failed"):
+            left.check(BOUND, "media", outcome)
+    left.check(BOUND, "media", StageOutcome(11, 0, {}, {}, 0.0))
