@@ -1,7 +1,10 @@
 """What every test relies on: a shell that says nothing about lakes or clusters."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ settings.register_profile("outback", deadline=None, suppress_health_check=[Healt
 settings.load_profile("outback")
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+DEMO_SECONDS = 1800
 SETTINGS = ("OUTBACK_LAKE", "OUTBACK_FILES", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 
 
@@ -37,6 +41,32 @@ def ray_apart() -> Iterator[None]:
     ray.shutdown()
     yield
     ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A small demo that has ended, and what it said."""
+
+    folder: Path
+    out: str
+
+
+@pytest.fixture(scope="session")
+def smoke_demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """One for all who ask: those who change it do so in the order of their files, and put back what others rely on."""
+    folder = tmp_path_factory.mktemp("smoke") / "demo"
+    command = [sys.executable, "-m", "jobs.cli", "demo", "--size", "smoke", "--folder", str(folder)]
+    done = subprocess.run(
+        command,
+        cwd=CHECKOUT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=DEMO_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return Demo(folder, done.stdout)
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,12 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from jobs.lineage import trace
 from schemas.catalog import Lake
 from schemas.generations import GENERATIONS
 from schemas.tables import TABLES
+from tests.conftest import Demo
 from tests.flows.test_scan_failures import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -44,24 +47,15 @@ def contents(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One path for every lake that is compared: URIs are content."""
-    return tmp_path_factory.mktemp("demo") / "here"
-
-
-@pytest.fixture(scope="module")
-def undisturbed(place: Path) -> dict[str, Any]:
-    out = finish(start(place))
+def undisturbed(smoke_demo: Demo) -> dict[str, Any]:
+    place = smoke_demo.folder
     first = contents(place)
-    began = time.monotonic()
     again = finish(start(place))
-    seconds = time.monotonic() - began
     lake = Lake.open(place / "lake")
     generation = lake.read(GENERATIONS, ["generation_id"])["generation_id"][0].as_py()
     lineage = trace(lake, generation)
     second = contents(place)
-    place.rename(place.with_name("kept"))
-    return {"out": out, "again": again, "seconds": seconds, "first": first, "second": second, "lineage": lineage}
+    return {"out": smoke_demo.out, "again": again, "first": first, "second": second, "lineage": lineage}
 
 
 def test_everything_planted_is_found(undisturbed: dict[str, Any]) -> None:
@@ -91,6 +85,16 @@ def test_lineage_reaches_the_media(undisturbed: dict[str, Any]) -> None:
     assert any("/corpus/shapes/" in uri for uri in places)
     assert lineage.tokenizer_training.runs
     assert json.dumps(lineage.training.checkpoint, default=str)
+
+
+@pytest.fixture
+def place(undisturbed: dict[str, Any], smoke_demo: Demo) -> Iterator[Path]:
+    """Where the other demo was made: URIs are content. It comes back afterwards."""
+    kept = smoke_demo.folder.with_name("kept")
+    smoke_demo.folder.rename(kept)
+    yield smoke_demo.folder
+    shutil.rmtree(smoke_demo.folder)
+    kept.rename(smoke_demo.folder)
 
 
 def test_killed_anywhere_and_resumed_it_ends_the_same(place: Path, undisturbed: dict[str, Any]) -> None:
