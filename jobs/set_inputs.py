@@ -149,7 +149,7 @@ def _no_groups(rules: Sequence[Rule], table: Table, count: int) -> dict[str, pa.
 
 
 class _Reader:
-    """Reads tables for a recipe, while a thread beside it hashes what was read.
+    """Reads tables for a recipe, while threads beside it hash what was read.
 
     Tables that were written batch by batch alike hold the same ids in the same places: those are sorted and hashed once,
     as the first column of each.
@@ -161,14 +161,12 @@ class _Reader:
         self.at = at
         self.known: list[_Ids] = []
         self.decoded: dict[bytes, pa.ChunkedArray] = {}
-        self.asked: pa.ChunkedArray | None = None  # clips of the kinds that the recipe takes, when they are read
-        self.beside = ThreadPoolExecutor(1)
+        self.beside = ThreadPoolExecutor(2)
 
     def clips(self) -> Input:
         """The clips of the segmentation that the recipe names, or of the only one there is."""
-        clips = self._input(CLIPS, ["kind"], self.recipe.segmentation_id, "segmentation_id")
-        self.asked = clips.ids.found.filter(pa.array(is_one_of(self.recipe.kinds, clips.rows["kind"])))
-        return clips
+        self.read = self._input(CLIPS, ["kind"], self.recipe.segmentation_id, "segmentation_id")
+        return self.read
 
     def scores(self, table: Table, columns: list[str]) -> Input:
         """Columns of a family by the scorer that the recipe names, or by the one that is taken where it names none."""
@@ -216,8 +214,9 @@ class _Reader:
         """
         by = table.key[1]
         if len(pc.unique(rows[by])) > 1:
-            assert self.asked is not None  # clips are read first
-            rows = rows.filter(pc.is_in(rows["clip_id"], value_set=self.asked.combine_chunks()))
+            clips = self.read
+            asked_for = clips.ids.found.filter(pa.array(is_one_of(self.recipe.kinds, clips.rows["kind"])))
+            rows = rows.filter(pc.is_in(rows["clip_id"], value_set=asked_for.combine_chunks()))
         counts = {item["values"]: item["counts"] for item in pc.value_counts(rows[by]).to_pylist()}
         most = max(counts.values(), default=0)
         widest = [scorer for scorer, count in counts.items() if count == most]
