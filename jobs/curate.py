@@ -38,7 +38,7 @@ from schemas.clips import CLIPS
 from schemas.curated import CURATED, CURATED_SETS, RECIPES
 from schemas.errors import ConfigError, SchemaError
 from schemas.recipe import short_hash, validated
-from schemas.table import Table, content_sha256
+from schemas.table import Table, content_sha256, sorted_by
 
 TAG_PREFIX = "curated/"
 _NAME = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
@@ -72,7 +72,7 @@ class _Evaluation:
     @property
     def kept(self) -> pa.Table:
         """The clip ids of the set, in order."""
-        return self.clips.select(["clip_id"]).filter(pa.array(self.first == KEPT)).sort_by("clip_id")
+        return sorted_by(self.clips.select(["clip_id"]).filter(pa.array(self.first == KEPT)), ["clip_id"])
 
 
 def check_name(what: str, name: str | None) -> None:
