@@ -112,6 +112,11 @@ class PyavReader(VideoReader):
         self._origin = first.pts if first.pts is not None else (first.dts or 0)
         self._raw = chain([first], self._raw)
 
+    @property
+    def codec(self) -> str:
+        """FFmpeg's name of the codec."""
+        return self._stream.codec_context.codec.canonical_name
+
     def _open(self) -> None:
         try:
             self._container = open_container(self._path)
@@ -381,6 +386,8 @@ def packet_times(path: Path, least_s: float, most: int | None = None) -> PacketT
     if not len(pts) or (np.diff(pts) <= 0).any() or int(pts[-1]) * base < least_s:
         return None
     key_pts = pts[np.frombuffer(keys, np.bool_)[order]]
+    if not len(key_pts):
+        return None
     return PacketTimes(array("q", pts.tobytes()), array("q", key_pts.tobytes()), base, int(found.min()))
 
 

@@ -95,6 +95,8 @@ def _expand(source: str) -> list[str]:
         source = local_path(source)
     except RowError as error:
         raise ConfigError(f"source: {error.message}") from error
+    if "\0" in source:
+        raise ConfigError(f"source {source!r}: no file has a NUL byte in its name")
     if os.path.lexists(source):
         return [os.path.abspath(source)]
     found = sorted(_matches(os.path.expanduser(source)))
@@ -311,7 +313,6 @@ def _row_path(values: Mapping[str, Any], manifest: str) -> str:
         value.encode("utf-8")
         value = local_path(value)
         value.encode("utf-8")  # once more: a percent sign may stand for any byte
-        value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RowError("NameNotUtf8", f"found the name {readable_text(value)!r}, which is not UTF-8") from error
     return os.path.abspath(os.path.join(os.path.dirname(manifest), value))

@@ -35,7 +35,7 @@ def scan_video(path: Path, config: "ScanConfig") -> Part:
     Raises: RowError as the decoders say.
     """
     workers, limits = config.limits.num_segment_workers, config.limits
-    if config.may_skim and (skimmed := _skimmed(path, config)) is not None:
+    if config.skim and (skimmed := _skimmed(path, config)) is not None:
         return skimmed
     may_divide = workers > 1 and config.decoder == "pyav"
     times = packet_times(path, 2 * SEGMENT_LEAST_S, limits.max_frames) if may_divide else None

@@ -325,3 +325,8 @@ def test_a_csv_line_that_never_ends_is_not_read_into_memory(tmp_path: Path, monk
     refused = {Path(one.uri).name: one.reason for one in listing.refused}
     assert (refused["first.csv"], refused["later.csv"]) == ("BrokenRows", "BrokenRows")
     assert [path.name for path in listing.manifests] == ["fits.csv"]
+
+
+def test_a_pattern_with_a_nul_byte_is_named() -> None:
+    with pytest.raises(ConfigError, match="NUL byte"):
+        list_sources(["file:///a%00b/*"])

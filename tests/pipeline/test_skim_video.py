@@ -3,6 +3,7 @@
 from itertools import pairwise
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,8 +19,8 @@ from pipeline.video_part import Part, scan_part
 from schemas.errors import RowError
 from tests.pipeline.made_media import Image, shared_media, shot, write_video
 
-CUTS_ALONE = ScanConfig(families=(), limits=ScanLimits(segment_workers=1))
-SHORT_SCENES = ScanConfig(families=(), segmentation=SegmentationConfig(min_scene_len_frames=3))
+CUTS_ALONE = ScanConfig(families=(), skim=True, limits=ScanLimits(segment_workers=1))
+SHORT_SCENES = ScanConfig(families=(), skim=True, segmentation=SegmentationConfig(min_scene_len_frames=3))
 NUM_FRAMES = 120
 
 
@@ -117,21 +118,29 @@ def test_a_video_that_must_be_decoded_again_mostly_is_left_to_one_pass(tmp_path:
     assert scan.scan["cuts"] == [150]
 
 
-def test_what_is_measured_is_measured_on_every_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_those_who_ask_skim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("skimmed")
 
     monkeypatch.setattr("pipeline.scan_video.skim_video", refuse)
     path = write_video(tmp_path / "a.mp4", shot(1, 30), options={"bf": "3", "preset": "veryfast"})
-    for config in (
-        ScanConfig(families=("technical",)),
-        ScanConfig(families=(), skim=False),
-        ScanConfig(families=(), decoder="opencv"),
-        ScanConfig(families=(), limits=ScanLimits(threads=2)),
-    ):
-        assert scan_medium(path, "0123456789abcdef", "video", config).scan["num_frames"] == 30
+    assert scan_medium(path, "0123456789abcdef", "video", ScanConfig(families=())).scan["num_frames"] == 30
     with pytest.raises(AssertionError, match="skimmed"):
         scan_medium(path, "0123456789abcdef", "video", CUTS_ALONE)
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"families": ["technical"]}, r"families = \[\]"),
+        ({"segmentation": {"adaptive": {}}}, "adaptive"),
+        ({"decoder": "opencv"}, "pyav"),
+        ({"limits": {"threads": 2}}, "threads"),
+    ],
+)
+def test_what_needs_every_frame_cannot_be_skimmed(other: dict[str, object], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        ScanConfig.model_validate({"families": [], "skim": True, **other})
 
 
 @pytest.mark.slow
@@ -151,3 +160,55 @@ def test_real_videos_have_the_clips_of_a_whole_pass() -> None:
                 path.name
             )
     assert num_skimmed > 30
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4", "mpeg2video"])
+@pytest.mark.parametrize("kind", ["black", "white"])
+def test_a_flash_that_costs_few_bytes_is_seen(tmp_path: Path, codec: str, kind: str) -> None:
+    """In frames that no other needs, of a fixed pattern, in noise that makes all others dear."""
+    rng = np.random.default_rng(5)
+    frames = [
+        np.clip(frame + rng.normal(0, 8, frame.shape), 0, 255).astype(np.uint8) for frame in shot(7, 240, step_px=1)
+    ]
+    for at in range(61, 220, 40):
+        frames[at] = flash(frames[at], kind)
+    options = {"bf": "3", "b-adapt": "0", "b_strategy": "0", "sc_threshold": "0", "g": "60", "b-pyramid": "none"}
+    path = write_video(tmp_path / "a.mkv", frames, codec=codec, options=options)
+    for config in (CUTS_ALONE, SHORT_SCENES):
+        part = skimmed(path, config)
+        if part is not None:
+            assert part.spans(config.segmentation) == scan_part(path, config).spans(config.segmentation)
+
+
+def test_frames_that_were_lost_are_not_taken_for_passed_over(tmp_path: Path) -> None:
+    options = {"bf": "3", "b-pyramid": "none", "preset": "veryfast"}
+    path = write_video(tmp_path / "a.mkv", [*shot(1, 100), *shot(2, 100)], options=options)
+    broken = tmp_path / "b.mkv"
+    with av.open(str(path)) as source, av.open(str(broken), "w") as container:
+        stream = source.streams.video[0]
+        made = container.add_stream_from_template(stream)
+        for index, packet in enumerate(source.demux(stream)):
+            if not packet.size:
+                continue
+            kept: av.Packet = av.Packet(bytes(range(64)) if index in (31, 32, 33) else bytes(packet))
+            kept.pts, kept.dts, kept.duration = packet.pts, packet.dts, packet.duration
+            kept.time_base, kept.is_keyframe, kept.stream = packet.time_base, packet.is_keyframe, made
+            container.mux(kept)
+    whole = scan_part(broken, CUTS_ALONE)
+    assert len(whole.pts) < 200
+    assert skimmed(broken) is None
+
+
+def test_a_video_without_key_frames_cannot_be_entered(tmp_path: Path) -> None:
+    """As one that was cut out of the middle of a stream. One pass reads it all the same."""
+    options = {"bf": "0", "g": "1000", "sc_threshold": "1000000000"}
+    path, middle = write_video(tmp_path / "a.mkv", shot(1, 60), codec="mpeg4", options=options), tmp_path / "b.avi"
+    with av.open(str(path)) as source, av.open(str(middle), "w") as container:
+        stream = source.streams.video[0]
+        made = container.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            if packet.size and not packet.is_keyframe:
+                packet.stream = made
+                container.mux(packet)
+    assert packet_times(middle, 0.0) is None
+    assert scan_medium(middle, "0123456789abcdef", "video", CUTS_ALONE).scan["num_frames"] == 59
