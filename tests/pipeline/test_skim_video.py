@@ -190,7 +190,7 @@ def test_frames_that_were_lost_are_not_taken_for_passed_over(tmp_path: Path) -> 
         for index, packet in enumerate(source.demux(stream)):
             if not packet.size:
                 continue
-            kept: "av.Packet[av.stream.Stream]" = av.Packet(bytes(range(64)) if index in (31, 32, 33) else bytes(packet))
+            kept: av.Packet[av.stream.Stream] = av.Packet(bytes(range(64)) if index in (31, 32, 33) else bytes(packet))
             kept.pts, kept.dts, kept.duration = packet.pts, packet.dts, packet.duration
             kept.time_base, kept.is_keyframe, kept.stream = packet.time_base, packet.is_keyframe, made
             container.mux(kept)
