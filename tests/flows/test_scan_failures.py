@@ -87,6 +87,7 @@ def test_driver_killed_between_data_files_and_commit(
     assert finish(driver(lake.folder)) == "nothing to do, 0 given up"
 
 
+@pytest.mark.slow
 def test_two_drivers_at_once(tmp_path: Path, media: Path, undisturbed: dict[str, str]) -> None:
     lake = new_lake(tmp_path / "lake", media)
     both = [driver(lake.folder), driver(lake.folder)]

@@ -39,7 +39,7 @@ def flash(frame: Image, kind: str) -> Image:
     return np.full_like(frame, 255 if kind == "white" else 0)
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(
     cuts=st.lists(st.integers(5, NUM_FRAMES - 5), max_size=4, unique=True),
     flashes=st.lists(

@@ -28,6 +28,7 @@ def cluster(ray_apart: None) -> None:
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_restarted_and_ends_with_the_same_bits(cluster: None, tmp_path: Path) -> None:
     config, data = pretrain_config(model={"dropout": 0.2}), sequence_data(tmp_path)
     whole = run(PretrainObjective(config, data), tmp_path / "whole")
