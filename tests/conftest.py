@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from schemas.catalog import Lake
+from schemas.tables import TABLES
+
 # A machine under load draws examples slowly: that is no fault of what is tested.
 settings.register_profile("outback", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("outback")
@@ -45,15 +48,22 @@ def ray_apart() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Demo:
-    """A small demo that has ended, and what it said."""
+    """A small demo that has ended, what it said, and what it held then."""
 
     folder: Path
     out: str
+    contents: dict[str, tuple[int, str]]
+
+
+def contents(folder: Path) -> dict[str, tuple[int, str]]:
+    """A demo -> rows and content of every table."""
+    lake = Lake.open(folder / "lake")
+    return {t.name: (lake.facts(t).num_rows, lake.content_sha256(t)) for t in TABLES if not t.ledger}
 
 
 @pytest.fixture(scope="session")
 def smoke_demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    """One for all who ask: those who change it do so in the order of their files, and put back what others rely on."""
+    """One for all who ask. Those who come later may find more in it, and put back what they take away."""
     folder = tmp_path_factory.mktemp("smoke") / "demo"
     command = [sys.executable, "-m", "jobs.cli", "demo", "--size", "smoke", "--folder", str(folder)]
     done = subprocess.run(
@@ -66,7 +76,7 @@ def smoke_demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:]
-    return Demo(folder, done.stdout)
+    return Demo(folder, done.stdout, contents(folder))
 
 
 @pytest.fixture(scope="session")
