@@ -71,10 +71,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, media: Path) -> dict[s
     return contents(lake)
 
 
-@pytest.mark.parametrize(
-    "table",
-    [pytest.param("clips", marks=pytest.mark.slow), pytest.param("score_text", marks=pytest.mark.slow), "scans"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("table", ["clips", "score_text", "scans"])
 def test_driver_killed_between_data_files_and_commit(
     tmp_path: Path, media: Path, undisturbed: dict[str, str], table: str
 ) -> None:
