@@ -95,8 +95,6 @@ def _expand(source: str) -> list[str]:
         source = local_path(source)
     except RowError as error:
         raise ConfigError(f"source: {error.message}") from error
-    if "\0" in source:
-        raise ConfigError(f"source {source!r}: no file has a NUL byte in its name")
     if os.path.lexists(source):
         return [os.path.abspath(source)]
     found = sorted(_matches(os.path.expanduser(source)))
@@ -269,8 +267,6 @@ class _Sorter:
             mode = os.stat(path).st_mode
         except OSError as error:
             raise RowError(*os_reason(error, path)) from error
-        except ValueError as error:  # a NUL in the name
-            raise RowError("BrokenRow", f"found the path {path!r}, which no file can have") from error
         if not stat.S_ISREG(mode):
             raise RowError("NotAFile", f"{readable(path)} is a folder, pipe or device; a manifest names files")
         self._walk.offer(path)

@@ -18,8 +18,15 @@ def local_path(named: str) -> str:
     A path may hold a colon, `?` or `#`; in a file URL the latter two are taken as part of the name, as most who write one mean.
 
     Raises: RowError with UrlNotAllowed for every other scheme or host. Its message names no more than these, for the rest of
-        a URL may hold a password or a signature.
+        a URL may hold a password or a signature. BrokenRow for a NUL byte, which no file has in its name.
     """
+    path = _named_path(named)
+    if "\0" in path:
+        raise RowError("BrokenRow", f"found the path {path!r}; no file has a NUL byte in its name")
+    return path
+
+
+def _named_path(named: str) -> str:
     if short := SHORT_FILE_URL.fullmatch(named):
         return _decoded(short["path"])
     if DATA_URL.match(named):

@@ -50,3 +50,10 @@ def test_other_places(named: str, told: str) -> None:
     assert raised.value.reason == "UrlNotAllowed"
     assert "secret" not in raised.value.message
     assert len(raised.value.message) < 300
+
+
+@pytest.mark.parametrize("named", ["a\0.mp4", "file:///srv/a%00.mp4"])
+def test_a_nul_byte(named: str) -> None:
+    with pytest.raises(RowError, match="NUL byte") as raised:
+        local_path(named)
+    assert raised.value.reason == "BrokenRow"
