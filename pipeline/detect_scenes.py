@@ -165,7 +165,7 @@ class SceneCutter:
         self._cuts: list[FrameTimecode] = []
         self._times = array("d")  # seconds of every frame
         self._was_dark: bool | None = None  # None before the first frame that is analysed
-        self._merged_until_s, self._is_merging = 0.0, False
+        self._merged_until_s: float | None = None  # while changes are taken together
         self._merging_s = float((config.min_scene_len_frames + 2) / fps)
 
     @property
@@ -186,10 +186,11 @@ class SceneCutter:
             return
         turns = numbers.dark != self._was_dark
         if numbers.candidate:
-            self._merged_until_s, self._is_merging = seconds + self._merging_s, True
-        if not turns and not self._is_merging and self._adaptive is None:
+            self._merged_until_s = seconds + self._merging_s
+        if not turns and self._merged_until_s is None and self._adaptive is None:
             return
-        self._is_merging = seconds <= self._merged_until_s  # the first frame after it ends the merging, however late
+        if self._merged_until_s is not None and seconds > self._merged_until_s:
+            self._merged_until_s = None  # the first frame after it ends it, however late
         position = FrameTimecode(Timecode(pts, time_base), fps=self._fps)
         if self._adaptive is None:
             self._cuts += self._content.filter(position, numbers.candidate)

@@ -99,7 +99,15 @@ def cuts(spans: list[Span]) -> list[int]:
 
 @settings(max_examples=200)
 @given(
-    st.lists(st.tuples(st.sampled_from([1, 1, 2, 3, 90]), st.booleans(), st.booleans()), min_size=1, max_size=150),
+    st.lists(
+        st.tuples(
+            st.sampled_from([1, 1, 2, 3, 90]),
+            st.sampled_from([True, False, False]),
+            st.sampled_from([True, *[False] * 9]),  # what turns dark or light is shown in any case
+        ),
+        min_size=1,
+        max_size=150,
+    ),
     st.integers(0, 20),
 )
 def test_detectors_need_not_see_every_frame(frames: list[tuple[int, bool, bool]], least: int) -> None:
