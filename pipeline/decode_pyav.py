@@ -3,6 +3,7 @@
 import hashlib
 import threading
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -354,6 +355,10 @@ class PacketTimes:
     key_pts: "array[int]"
     time_base: Fraction
     origin: int
+
+    def newest_key(self, pts: int) -> int:
+        """The time of the key frame that a frame at `pts` is decoded from: the newest one by then."""
+        return self.key_pts[max(0, bisect_right(self.key_pts, pts) - 1)]
 
 
 def packet_times(path: Path, least_s: float, most: int | None = None) -> PacketTimes | None:

@@ -8,7 +8,7 @@ in the frames that it sees for the second time, the file cannot be entered in it
 """
 
 from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -91,8 +91,7 @@ def plan_segments(times: PacketTimes, config: "ScanConfig", num_most: int) -> li
     segments = []
     for start, end in zip(starts, [*starts[1:], None], strict=True):
         lead_in = min(newest_sample(start - 1, spec.fps) for spec in specs) if start else 0
-        newest_key = times.key_pts[max(0, bisect_right(times.key_pts, pts[lead_in]) - 1)]
-        if (pts[lead_in] - newest_key) * time_base > ENTRY_MOST_S:
+        if (pts[lead_in] - times.newest_key(pts[lead_in])) * time_base > ENTRY_MOST_S:
             return []
         segments.append(Segment(pts[lead_in], start - lead_in, None if end is None else pts[end]))
     return segments

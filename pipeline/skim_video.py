@@ -13,7 +13,7 @@ for those who ask for it.
 `docs/experiments/scan.md` has the cost, and how often the list was that of a whole pass.
 """
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -48,9 +48,8 @@ class Passing:
         self.is_worth_it = True
         self.is_calm = False  # nothing is known of the first frames
         self._origin, self._passed = times.origin, set[int]()
-        self._ends = (
-            times.origin + times.pts[max(0, len(times.pts) - 2)]
-        )  # how long the last frame is shown is told by two
+        # How long the last frame is shown is told by the last two.
+        self._ends = times.origin + times.pts[max(0, len(times.pts) - 2)]
         self._newest: int | None = None
         self._newest_is_usual = False
         # Frames shown after all before them, and those shown between two that are decoded first: these are far smaller.
@@ -143,8 +142,7 @@ class Doubts:
     def add(self, before: int, after: int) -> None:
         """Between these two frames."""
         times = self._times
-        newest = times.key_pts[max(0, bisect_right(times.key_pts, times.pts[before]) - 1)]
-        key = bisect_left(times.pts, newest)
+        key = bisect_left(times.pts, times.newest_key(times.pts[before]))
         known = self._by_key.get(key)
         if known is not None:
             self.num_again -= known[1] + 1 - key
