@@ -75,12 +75,13 @@ def videos_in(folder: Path, least_short_edge_px: int) -> list[Path]:
     return found
 
 
-def bare(paths: Sequence[Path]) -> None:
-    """Decodes every frame and looks at none."""
+def bare(paths: Sequence[Path], *, needed: bool = False) -> None:
+    """Decodes every frame, or those that others are decoded from, and looks at none."""
     for path in paths:
         with av.open(str(path), metadata_errors="ignore", options={"protocol_whitelist": "file"}) as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1
+            stream.codec_context.skip_frame = "NONREF" if needed else "DEFAULT"
             for packet in container.demux(stream):
                 try:
                     packet.decode()
@@ -119,6 +120,7 @@ def scan(paths: Sequence[Path], *, text: bool) -> None:
 PROGRAM = "scenedetect detect-content"
 STEPS: dict[str, Callable[[Sequence[Path]], object]] = {
     "bare decoding (PyAV)": bare,
+    "the same, of frames that others need": lambda paths: bare(paths, needed=True),
     "our cuts": lambda paths: [our_cuts(path) for path in paths],
     "our cuts, skimmed": lambda paths: [our_cuts(path, skim=True) for path in paths],
     "our scan without text": lambda paths: scan(paths, text=False),
