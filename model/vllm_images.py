@@ -133,7 +133,7 @@ class VllmImages:
         self._context_len, self._max_pairs = context_len, max_pairs
         self._max_prompt_tokens = max(2 * max_pairs * PROMPT_TOKENS, min(2 * context_len, LONGEST_PROMPTS))
         # The scheduler in this process: in one of its own it runs as soon as the first of a pair has reached it.
-        with _environment("VLLM_ENABLE_V1_MULTIPROCESSING", "0"):
+        with _environment("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), _settable_threads():
             self._llm = LLM(
                 str(folder),
                 skip_tokenizer_init=True,
@@ -237,6 +237,16 @@ def _environment(name: str, value: str) -> Iterator[None]:
         yield
     finally:
         os.environ.pop(name) if before is None else os.environ.update({name: before})
+
+
+@contextmanager
+def _settable_threads() -> Iterator[None]:
+    """On CPU vLLM puts what does nothing in the place of `torch.set_num_threads`, for the whole process and for good."""
+    set_num_threads = torch.set_num_threads
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
 
 
 def _row(asked: dict[str, Any], written: list[int]) -> _Row:

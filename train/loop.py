@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from model.weights import digest
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, OutbackError
 from schemas.recipe import Config, later_option
 from train.batches import Rows, batch_indices, worker_share
 from train.checkpoint import CheckpointWriter, TrainingIdentity, restore_latest
@@ -330,8 +330,16 @@ def _writer(folder: TrainingFolder, identity: TrainingIdentity, execution: Execu
 
 
 def use_exact_arithmetic(num_threads: int) -> None:
-    """Make this process compute the same bits each time: fixed threads, deterministic kernels."""
+    """Make this process compute the same bits each time: fixed threads, deterministic kernels.
+
+    Raises: OutbackError if the number of threads cannot be set: with another one some sums have other last bits.
+    """
     torch.set_num_threads(num_threads)
+    if torch.get_num_threads() != num_threads:
+        raise OutbackError(
+            f"found {torch.get_num_threads()} threads in this process after setting {num_threads}: something has taken "
+            "torch.set_num_threads over, as vLLM does on CPU; train in a process of its own"
+        )
     torch.use_deterministic_algorithms(True)
     # Filling fresh memory with NaN finds bugs in kernels, at the price of writing everything twice.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

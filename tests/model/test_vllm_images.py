@@ -108,6 +108,17 @@ def test_greedy_codes_are_those_of_our_own_decoding(lm: LanguageModel, engine: V
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_an_engine_leaves_threads_to_those_who_set_them(engine: VllmImages) -> None:
+    """A training in this process would compute other bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    found = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert found == before + 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_drawn_documents_parse_and_seeds_decide(lm: LanguageModel, engine: VllmImages) -> None:
     sampling = SamplingConfig(temperature=1.0, guidance=2.5, top_k=20, negative_prompt="ugly")
     found = engine.generate(REQUESTS, sampling)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from schemas.document import TextDocument, VisionBlock, VisionDocument, write_document
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, OutbackError
 from tests.train.small_data import (
     DISCRIMINATOR,
     VOCABULARY,
@@ -115,6 +115,15 @@ def test_a_diverging_training_says_so(tmp_path: Path) -> None:
     config = pretrain_config(optim={"learning_rate": 1e30})
     with pytest.raises(ConfigError, match="learning_rate"):
         run(PretrainObjective(config, sequence_data(tmp_path)), tmp_path / "run")
+
+
+def test_threads_that_another_library_holds_are_no_exact_arithmetic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    with pytest.raises(OutbackError, match="found 2 threads in this process after setting 1"):
+        run(PretrainObjective(pretrain_config(), sequence_data(tmp_path)), tmp_path / "run")
 
 
 def test_other_data_is_refused(tmp_path: Path) -> None:
